@@ -1,0 +1,120 @@
+"""The command line: a whole run, resuming, and one clear sentence for everything that can be wrong."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlpo_nb.core import asset
+from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--batch-size", "2", "--group-size", "2", "--heldout", "2", "--threads", "1"]
+
+
+def launch(*flags, cwd=ROOT):
+    command = [sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = launch("--episodes", 2, "--out", out, *TINY)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_run_directory(finished):
+    out, printed = finished
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "summary.json", "report.html", "evaluation.csv"} <= names
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["episode"] for r in rows] == [0, 1]
+    wanted = {"episode", "reward/mean", "reward/std", "loss", "diffusion_loss", "kl", "ratio/clipfrac", "grad_norm", "seconds", "audio_seconds"}
+    assert wanted <= set(rows[0])
+    assert rows[0]["ratio/mean"] == 1.0 and rows[0]["kl"] == 0.0, "the first update is exactly on-policy"
+    assert json.loads((out / "summary.json").read_text())["heldout_texts"] == 2
+    assert (out / "samples" / "base_001.wav").exists() and (out / "samples" / "tuned_001.wav").exists()
+    assert "report.html" in printed
+
+
+def test_tuned_checkpoint_differs_and_loads(finished):
+    tuned = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
+    base = load_wavegrad2(asset("tiny_base.safetensors")).state_dict()
+    changed = {k.split(".")[0] for k in base if not torch.equal(base[k], tuned[k])}
+    assert changed == {"decoder"}
+
+
+def test_existing_run_is_not_overwritten(finished):
+    before = (finished[0] / "metrics.jsonl").read_text()
+    again = launch("--episodes", 1, "--out", finished[0], *TINY)
+    assert again.returncode == 2 and "already holds a run" in again.stderr
+    assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_resume_goes_on(finished, tmp_path):
+    out = tmp_path / "half"
+    assert launch("--episodes", 1, "--out", out, *TINY).returncode == 0
+    assert launch("--episodes", 2, "--out", out, "--resume", *TINY).returncode == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["episode"] for r in rows] == [0, 1]
+    whole = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
+    halves = load_wavegrad2(out / "checkpoints" / "tuned.safetensors").state_dict()
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    done = launch("--dry-run", *TINY, "--out", tmp_path / "none")
+    assert done.returncode == 0 and "minutes" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_is_a_manual():
+    done = launch("--help")
+    assert done.returncode == 0
+    for word in ("examples:", "--method", "--episodes", "--batch-size", "--control", "--base-checkpoint", "--out", "--resume", "--seed", "--dry-run"):
+        assert word in done.stdout
+
+
+def broken_files(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "empty.txt").write_text("")
+    (folder / "symbols.txt").write_text("Hello there.\n?!... --\n")
+    (folder / "broken.safetensors").write_bytes(b"not a checkpoint at all")
+    (folder / "file").write_text("a file where a folder should be")
+    model = load_wavegrad2(asset("tiny_base.safetensors"))
+    object.__setattr__(model.config, "sample_rate", 16000)
+    save_wavegrad2(model, folder / "rate.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--no-such-flag"], ["no-such-flag"]),
+    (["huge"], ["huge", "tiny"]),
+    (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
+    (["--reward", "mosquito"], ["mosquito", "dnsmos"]),
+    (["--control", "placebo"], ["placebo", "shuffle-advantages"]),
+    (["--episodes", "0"], ["--episodes", "at least 1"]),
+    (["--episodes", "many"], ["many"]),
+    (["--batch-size", "10"], ["--batch-size 10", "--group-size 8"]),
+    (["--train-steps", "last:99"], ["last:99"]),
+    (["--base-checkpoint", "{}/missing.safetensors"], ["missing.safetensors"]),
+    (["--base-checkpoint", "{}/broken.safetensors"], ["broken.safetensors"]),
+    (["--base-checkpoint", "{}/rate.safetensors"], ["16000", "22050"]),
+    (["--texts", "{}/nowhere.txt"], ["nowhere.txt"]),
+    (["--texts", "{}/empty.txt"], ["empty.txt"]),
+    (["--texts", "{}/symbols.txt"], ["symbols.txt", "line 2"]),
+    (["--out", "{}/file/run"], ["file"]),
+    (["--out", "{}/nothing", "--resume"], ["nothing"]),
+    (["--nisqa-weights", "{}/none.tar"], ["none.tar"]),
+])
+def test_bad_input_is_one_clear_sentence(flags, words, tmp_path):
+    folder = broken_files(tmp_path / "bad")
+    done = launch(*[f.format(folder) for f in flags], *([] if "--batch-size" in flags else TINY))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    for word in words:
+        assert word in done.stderr + done.stdout, done.stderr

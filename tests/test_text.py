@@ -1,0 +1,195 @@
+"""Text to symbols: the published training lists, hostile input, the packaged sentences."""
+import collections
+import json
+import random
+import re
+
+import pytest
+
+from dlpo_nb.core import UserError
+from dlpo_nb.text import (PHONES, SYMBOLS, VOWELS, CONSONANTS, line_to_ids, normalise, pad_ids, phones_to_ids, prompts, read_texts, text_to_ids,
+                          text_to_phones, _dictionary)
+
+
+@pytest.fixture(scope="module")
+def examples(data):
+    return json.loads((data / "text_examples.json").read_text(encoding="utf-8"))
+
+
+def test_symbols_are_those_of_the_checkpoint(examples):
+    assert SYMBOLS == examples["symbols"]
+    assert ["@" + phone for phone in PHONES] == SYMBOLS[64:]
+
+
+def test_published_examples(examples):
+    for line, ids in examples["lines"].items():
+        assert line_to_ids(line) == ids, line
+
+
+@pytest.mark.parametrize("line", ["hello", "{HH AH0} hello", "{HH AH0} ", "{}"])
+def test_text_outside_braces_is_refused(line):
+    with pytest.raises(UserError, match="outside braces"):
+        line_to_ids(line)
+
+
+def test_all_published_lines(shared, examples):
+    folder = shared / "data" / "ljspeech"
+    if not folder.is_dir():
+        pytest.skip("the published training lists are not here")
+    counts, lengths = collections.Counter(), []
+    for name in ("train.txt", "val.txt"):
+        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+            phones = line.split("|")[2]
+            ids = line_to_ids(phones)
+            assert ids == phones_to_ids(phones.strip("{}").split())
+            counts.update(SYMBOLS[i][1:] for i in ids)
+            lengths.append(len(ids))
+    want = examples["corpus"]
+    assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (want["lines"], want["tokens"], want["shortest"], want["longest"])
+    assert counts == want["phone_counts"]
+
+
+def edit_distance(a, b):
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+def test_phone_error_rate_on_published_lines(shared, capsys):
+    path = shared / "data" / "ljspeech" / "train.txt"
+    if not path.exists():
+        pytest.skip("the published training lists are not here")
+    lines = random.Random(0).sample(path.read_text(encoding="utf-8").splitlines(), 400)
+    wrong = total = 0
+    for _, _, phones, text in (line.split("|") for line in lines):
+        theirs = [p for p in phones.strip("{}").split() if p not in ("sp", "spn")]
+        wrong += edit_distance([p for p in text_to_phones(text) if p != "sp"], theirs)
+        total += len(theirs)
+    with capsys.disabled():
+        print(f"\nphones that differ from the published ones, pauses apart: {wrong / total:.1%}")
+    assert wrong / total < 0.10
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Dr. Smith, 42!", "doctor smith, forty-two!"),
+    ("It cost $3.50.", "it cost three dollars fifty cents."),
+    ("£1, $0.01, €2.5 million", "one pound, one cent, two point five million euros"),
+    ("At 7:45, 7:00, 7:05 and 19:30", "at seven forty-five, seven o'clock, seven oh five and nineteen thirty"),
+    ("He left at 5 p.m.", "he left at five P M."),
+    ("In 1999, 1905, 1900, 2005 and 1,999", "in nineteen ninety-nine, nineteen oh five, nineteen hundred, two thousand five and one thousand nine hundred ninety-nine"),
+    ("The 21st, the 1990s, 1/2 and 2½", "the twenty-first, the nineteen nineties, one half and two and one half"),
+    ("-3.14 or .5, 007", "minus three point one four or zero point five, zero zero seven"),
+    ("10-12 km & 50%", "ten to twelve kilometers and fifty percent"),
+    ("“Café” — naïve…", '"cafe" - naive...'),
+    ("Henry VIII, Part IV", "henry eight, part four"),
+    ("St. Mary, Mary St.", "saint mary, mary street."),
+    ("A. J. Smith of the U.S. Army", "A J smith of the U S army"),
+    ("Plan A, I am a man", "plan A, i am a man"),
+    ("GO AWAY NOW", "go away now"),
+    ("The XQZ and NASA", "the X Q Z and nasa"),
+])
+def test_normalise(text, words):
+    assert normalise(text) == words
+
+
+@pytest.mark.parametrize("text", ["", "   ", "...", "?!", "--", "'", "😀", "()[]{}|", "\n\t"])
+def test_nothing_to_speak(text):
+    with pytest.raises(UserError, match="nothing to speak"):
+        text_to_ids(text)
+
+
+@pytest.mark.parametrize("text", ["Привет", "Say 你好.", "٣ dogs"])
+def test_other_scripts_are_refused(text):
+    with pytest.raises(UserError, match="transliterate"):
+        text_to_phones(text)
+
+
+def test_pauses():
+    assert text_to_phones(", Hello -- world; ...") == "HH AH0 L OW1 sp W ER1 L D sp".split()
+    assert "sp" not in text_to_phones("a well-known twenty-two (or so)")
+    assert text_to_phones("Stop!") == text_to_phones("Stop?") == text_to_phones("Stop.") == text_to_phones("Stop:")
+
+
+def test_no_word_is_dropped():
+    rng = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    for _ in range(2000):
+        word = "".join(rng.choices(letters, k=rng.randint(1, 14)))
+        phones = text_to_phones(word)
+        assert set(phones) <= set(PHONES) - {"sp"}
+        assert len(text_to_phones(f"the {word} dog")) > len(text_to_phones("the dog"))
+
+
+def test_any_ascii_is_read_or_refused():
+    rng = random.Random(1)
+    characters = [chr(c) for c in range(32, 127)] + list("éßœ½€£°–“”…")
+    for _ in range(2000):
+        text = "".join(rng.choices(characters, k=rng.randint(1, 40)))
+        if re.search("[A-Za-z0-9]", text):
+            assert all(64 <= i < 151 for i in text_to_ids(text)), text
+
+
+def test_long_text_and_numbers():
+    assert len(text_to_ids("word " * 5000)) == 5000 * 3
+    assert text_to_phones("1" * 400)
+
+
+def test_suffixes_sound_as_they_should():
+    assert text_to_phones("zyxcats zyxdogs"), "unknown words are read"
+    for word, ending in [("blogger's", "Z"), ("sunbonnets", "S"), ("rewaxes", "IH0 Z"), ("unsorted", "IH0 D"), ("replaned", "D"), ("restacking", "IH0 NG")]:
+        assert word not in _dictionary() and " ".join(text_to_phones(word)).endswith(ending), word
+
+
+def test_phones_to_ids_refuses_unknown():
+    with pytest.raises(UserError, match="QQ1"):
+        phones_to_ids(["HH", "QQ1"])
+
+
+def test_prompts():
+    train, heldout = prompts("train"), prompts("heldout")
+    assert (len(train), len(heldout)) == (240, 96)
+    def key(text):
+        return re.sub("[^a-z ]", "", text.lower())
+    assert len({key(text) for text in train + heldout}) == 336
+    for text in train + heldout:
+        assert re.fullmatch(r"[A-Z][A-Za-z, ]+[.?]", text), text
+        words = re.findall(r"[a-z]+", text.lower())
+        assert 2 <= len(words) <= 15 and all(word in _dictionary() for word in words), text
+    assert all(len(text.split()) <= 4 for text in train[:132] + heldout[:64])
+    for split in (train, heldout, heldout[:64]):
+        said = {phone.rstrip("012") for text in split for phone in text_to_phones(text)}
+        assert said == {*VOWELS, *CONSONANTS, "sp"}
+
+
+def test_prompts_unknown_split():
+    with pytest.raises(UserError, match="train or heldout"):
+        prompts("test")
+
+
+def test_read_texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"\xef\xbb\xbfOne.\r\n\r\n Two. \n")
+    assert read_texts(path) == ["One.", "Two."]
+    for content in (b"", b"\n \n", b"\xff\xfe\x00"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="texts.txt"):
+            read_texts(path)
+    for missing in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match="cannot read"):
+            read_texts(missing)
+
+
+def test_pad_ids():
+    ids, lengths = pad_ids([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and lengths.tolist() == [3, 1]
+    for bad in ([], [[1], []]):
+        with pytest.raises(UserError):
+            pad_ids(bad)
+
+
+def test_acronyms_of_the_dictionary_are_spelled():
+    assert normalise("The FBI, the BBC and NATO") == "the F B I, the B B C and nato"
+    assert normalise("tab\tnull\x00bell\x07.") == "tab null bell."
