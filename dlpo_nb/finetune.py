@@ -100,7 +100,7 @@ def guidance_loss(
     start = int(torch.randint(max(total - width, 0) + 1, (), generator=generator))
     level = levels[torch.randint(len(levels), (count, 1), generator=generator)].to(trajectory.audio)
     samples, window = slice(start * model.hop, (start + width) * model.hop), slice(start, start + width)
-    noise = keyed_noise([(*key, n) for n in range(count)], width * model.hop, trajectory.audio.device)
+    noise = keyed_noise([(*key, n) for n in range(count)], [width * model.hop] * count, trajectory.audio.device)
     wide = hidden[:, :, window].repeat_interleave(trajectory.group_size, 0)
     mask = sample_mask(trajectory.frames, model.hop).repeat_interleave(trajectory.group_size, 0)[:, samples]
     return denoising_loss(model, trajectory.audio[:, samples], wide, level, noise, mask, reduction="none")
@@ -266,7 +266,7 @@ def load_state(tuner, path):
     "Read what `save_state` wrote (weights only, nothing is executed)."
     try:
         tuner.load_state_dict(torch.load(path, map_location=tuner.device, weights_only=True))
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+    except Exception as error: # a broken file can fail anywhere in the reader
         raise UserError(f"the state file {path} cannot be read ({type(error).__name__}); start the run anew without --resume.") from error
 
 

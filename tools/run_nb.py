@@ -28,7 +28,8 @@ class Client(NotebookClient):
 def run(path):
     nb = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    Client(nb, timeout=600, kernel_name="python3", resources=resources, store_widget_state=False).execute()
+    Client(nb, timeout=600, kernel_name="python3", resources=resources, store_widget_state=False,
+           coalesce_streams=True).execute()
     nbformat.write(nb, path)
 
 

@@ -80,7 +80,7 @@ def session(file, threads):
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     return onnxruntime.InferenceSession(str(network_path(file)), options, providers=["CPUExecutionProvider"])
 
-
+# %% ../../nbs/21_dnsmos.ipynb #eee49f7a
 @REWARDS.register("dnsmos")
 class DNSMOS(Reward):
     """DNSMOS, a mean opinion score from 1 to 5 (Reddy et al., ICASSP 2021 and 2022), on one tile of 9.01 s.

@@ -4,7 +4,7 @@
 #   CORPUS  folder with manifest.jsonl and audio/
 #   BEFORE  AFTER of the slice before; a missing or empty folder starts the run
 #   AFTER   gets state.part.NN and base.part.NN (at most 16 MB each), metrics.jsonl, config.json, environment.json
-# Environment: SLICE_MINUTES (default 8), PYTHON (default python), DEBS (see README.md: festival speaks the corpus here)
+# Environment: SLICE_MINUTES (default 8), PYTHON (default python), DEBS, TEXTS (see README.md: festival speaks the corpus here)
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,7s/^# //p' "$0" >&2
@@ -17,7 +17,7 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 mkdir -p "$after"
 
-if [ -n "${DEBS:-}" ] && [ ! -e "$corpus/manifest.jsonl" ]; then
+if [ -n "${DEBS:-}" ]; then
     # festival from its packages, without installing them
     for package in "$DEBS"/*.deb; do dpkg -x "$package" "$run/festival"; done
     mkdir "$run/bin"
@@ -30,7 +30,8 @@ data=$run/festival/usr/share/festival
 exec $run/festival/usr/bin/festival --datadir \$data --libdir \$data "\$@"
 SCRIPT
     chmod +x "$run/bin/festival"
-    PATH=$run/bin:$PATH $python -m dlpo_nb.data --out "$corpus" --count "${UTTERANCES:-9000}"
+    PATH=$run/bin:$PATH $python -m dlpo_nb.data --texts "${TEXTS:?a file with one text a line}" --out "$corpus" \
+        --workers "$(nproc)" --fragments --limit "${UTTERANCES:-9000}"
 fi
 
 if compgen -G "$before/state.part.*" >/dev/null; then

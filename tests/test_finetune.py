@@ -1,0 +1,180 @@
+"""The loop: exact ratio, forks, controls, what must and what must not change."""
+import pytest
+import torch
+
+from dlpo_nb.core import UserError
+from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal, load_state, text_indices
+from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
+from dlpo_nb.text import text_to_ids
+from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config
+
+TEXTS = ["Go home.", "The door is open.", "Rain."]
+SMALL = WaveGrad2Config(encoder_channels=16, speaker_channels=4, predictor_channels=8, first_up=16, up=(16, 16, 8, 8, 8), first_down=4,
+                        down=(8, 8, 8, 16), preconditioned=True, data_std=0.18)
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    model = WaveGrad2(SMALL).eval()
+    with torch.no_grad():
+        model.resampling.duration_predictor.fc[0].weight.fill_(0)
+        model.encoder.embedding.weight.mul_(0.5)
+        model.decoder.ublock_postconv.conv1d.weight.mul_(0.1) # as at the start of a training
+    return model
+
+
+def spoken(model, frames=4):
+    """The model with predicted durations of a few frames for every symbol."""
+    original = model.condition
+
+    def condition(ids, lengths, durations=None, **options):
+        durations = (ids > 0).long() * frames if durations is None else durations
+        return original(ids, lengths, durations=durations, **options)
+
+    model.condition = condition
+    return model
+
+
+def quiet(audio, lengths, rate, texts):
+    """A reward that is cheap and padding-proof: minus the mean power."""
+    return torch.stack([-a[:n].square().mean() for a, n in zip(audio, lengths)])
+
+
+def make_tuner(**options):
+    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8) | options
+    return Finetuner(FinetuneConfig(**settings), spoken(make_model()), quiet, TEXTS)
+
+
+def make_rollout(model, texts=TEXTS, **options):
+    schedule = FinetuneConfig(rollout_steps=6).schedule()
+    arguments = dict(steps=[3, 2, 1], key=(0, "test"), indices=list(range(len(texts)))) | options
+    return schedule, rollout(model, schedule, texts, [text_to_ids(t) for t in texts], **arguments)
+
+
+@pytest.mark.parametrize("group_size, fork", [(1, None), (2, None), (3, 3), (2, 4)])
+def test_ratio_is_exactly_one(group_size, fork):
+    model = spoken(make_model())
+    schedule, t = make_rollout(model, group_size=group_size, fork=fork)
+    for s in range(3):
+        log_prob, _ = replay(model, schedule, t, s)
+        assert torch.equal(log_prob.detach(), t.log_prob[s]) and log_prob.requires_grad
+
+
+def test_batched_equals_alone():
+    model = spoken(make_model())
+    _, together = make_rollout(model)
+    for i, text in enumerate(TEXTS):
+        _, alone = make_rollout(model, [text], indices=[i])
+        n = int(alone.audio_lengths[0])
+        assert n == int(together.audio_lengths[i])
+        torch.testing.assert_close(together.audio[i, :n], alone.audio[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.log_prob[:, i], alone.log_prob[:, 0], atol=1e-5, rtol=0)
+        assert (together.audio[i, n:] == 0).all()
+
+
+def test_forked_members_share_the_chain_above_the_fork():
+    _, t = make_rollout(spoken(make_model()), group_size=3, fork=2, steps=[2, 1])
+    assert len(t.x_t[0]) == len(TEXTS) and len(t.x_prev[0]) == 3 * len(TEXTS) == len(t.x_t[1])
+    assert not torch.equal(t.x_prev[0][0], t.x_prev[0][1])
+
+
+def test_training_above_the_fork_is_refused():
+    with pytest.raises(UserError, match="fork"):
+        make_rollout(spoken(make_model()), group_size=2, fork=2)
+
+
+@pytest.mark.parametrize("spec", ["", "all:2", "last:0", "last:6", "random:x", "first:2", "last:-1"])
+def test_bad_train_steps(spec):
+    with pytest.raises(UserError, match="train steps"):
+        draw_steps(spec, 6)
+
+
+def test_mask():
+    assert sample_mask(torch.tensor([2, 1]), 3).tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+
+
+def test_dlpo_without_penalty_is_ddpo_bit_for_bit():
+    dlpo, ddpo = make_tuner(method="dlpo", beta=0.0), make_tuner(method="ddpo")
+    for _ in range(2):
+        dlpo.episode(), ddpo.episode()
+    assert all(torch.equal(a, b) for a, b in zip(dlpo.model.parameters(), ddpo.model.parameters()))
+
+
+def test_alpha_zero_ignores_the_reward():
+    one, other = make_tuner(alpha=0.0), make_tuner(alpha=0.0)
+    other.reward = lambda audio, *rest: torch.arange(len(audio)).float()
+    one.episode(), other.episode()
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters()))
+
+
+def test_equal_rewards_change_nothing_without_penalty():
+    tuner = make_tuner(method="ddpo")
+    tuner.reward = lambda audio, *rest: torch.full((len(audio),), 3.0)
+    before = [p.clone() for p in tuner.model.parameters()]
+    tuner.episode()
+    assert all(torch.equal(a, b) for a, b in zip(before, tuner.model.parameters()))
+
+
+@pytest.mark.parametrize("trainable, changed", [("decoder", {"decoder"}), ("all", {"decoder", "encoder", "resampling", "speaker_embedding"})])
+def test_only_what_is_trainable_changes(trainable, changed):
+    tuner = make_tuner(trainable=trainable)
+    start = {k: v.clone() for k, v in tuner.model.state_dict().items()}
+    tuner.episode()
+    moved = {k.split(".")[0] for k, v in tuner.model.state_dict().items() if not torch.equal(v, start[k])}
+    assert moved == changed
+    reference = tuner.reference.state_dict()
+    assert all(torch.equal(reference[k], start[k]) for k in start), "the reference is frozen"
+    assert not any(p.requires_grad for p in tuner.reference.parameters()) and not tuner.reference.training
+
+
+def test_shuffled_control_sees_the_same_rollouts_but_other_advantages():
+    true, control = make_tuner(), make_tuner(control="shuffle-advantages", seed=0)
+    a, b = true.episode(), control.episode()
+    assert a["reward/mean"] == b["reward/mean"] and a["advantage/std"] == pytest.approx(b["advantage/std"])
+    assert any(not torch.equal(p, q) for p, q in zip(true.model.parameters(), control.model.parameters()))
+
+
+def test_same_seed_same_run_other_seed_other_run():
+    first, second, third = make_tuner(), make_tuner(), make_tuner(seed=1)
+    drop = lambda m: {k: v for k, v in m.items() if "seconds" not in k}
+    assert drop(first.episode()) == drop(second.episode()) != drop(third.episode())
+
+
+def test_inner_epochs_move_the_ratio():
+    tuner = make_tuner(inner_epochs=3)
+    assert tuner.episode()["ratio/mean"] == 1.0
+
+
+def test_quiet_is_learnt_and_its_control_is_not():
+    true = make_tuner(episodes=12, batch_size=12, group_size=4, learning_rate=1e-3, beta=0.0)
+    control = make_tuner(episodes=12, batch_size=12, group_size=4, learning_rate=1e-3, beta=0.0, control="shuffle-advantages")
+    end = {}
+    for name, tuner in (("true", true), ("control", control)):
+        rewards = [tuner.episode()["reward/mean"] for _ in range(12)]
+        end[name] = sum(rewards[-3:]) / 3 - sum(rewards[:3]) / 3
+    assert end["true"] > 0 and end["true"] > end["control"]
+
+
+def test_gradient_signal_of_a_direct_reward_is_positive():
+    measured = gradient_signal(make_tuner(batch_size=48, group_size=4))
+    assert measured["groups"] == 12 and measured["noise"] > 0
+
+
+def test_texts_of_an_epoch_are_a_permutation():
+    seen = sum((text_indices(e, 3, 12, seed=5) for e in range(4)), [])
+    assert sorted(seen) == list(range(12)) and seen != list(range(12))
+
+
+def test_broken_state_file(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match="state.pt"):
+        load_state(make_tuner(), tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("options, word", [
+    (dict(batch_size=5), "group-size"), (dict(control="x"), "control"), (dict(episodes=0), "episodes"), (dict(trainable="x"), "trainable"),
+    (dict(fork=6), "fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
+])
+def test_bad_settings(options, word):
+    with pytest.raises(UserError, match=word):
+        make_tuner(**options).episode()
