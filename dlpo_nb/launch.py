@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'MANUAL', 'LaunchConfig', 'parse', 'load_base', 'load_text
            'judges', 'evaluate_run', 'dry_run', 'launch', 'main']
 
 # %% ../nbs/42_launch.ipynb #6473bda1
-import csv
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,9 +50,8 @@ PRESETS = {"tiny": LaunchConfig()}
 # %% ../nbs/42_launch.ipynb #602640bb
 MANUAL = """Fine-tune a text-to-speech diffusion model by reinforcement learning, and report what came of it.
 
-usage: python -m dlpo_nb.launch [PRESET] [--flags]
-
-PRESET tiny (the default): the packaged base and prompts on a CPU, within 10 minutes, nothing to download.
+A PRESET may come first: python -m dlpo_nb.launch [PRESET] [OPTIONS].
+  tiny (the default): the packaged base and prompts on a CPU, within 10 minutes, nothing to download.
 
 A run speaks batches of texts (rollouts), has them scored by a reward, and follows the policy gradient of the
 chosen method. Then base and tuned model speak the held-out texts with the same noise; a table compares them,
@@ -176,21 +174,18 @@ def judges(config, reward):
 
 def evaluate_run(tuner, run, config, texts):
     "Speak and judge the held-out texts; writes wavs, evaluation.csv; returns the comparison."
-    from dlpo_nb.evaluate import compare, measure, synthesise_all
+    from dlpo_nb.evaluate import compare, measure, speaker_log_mels, synthesise_all, write_rows
 
     print(f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True)
-    rows, audio = {}, {}
-    asked = judges(config, tuner.reward)
+    rows, audio, asked = {}, {}, judges(config, tuner.reward)
+    speaker = speaker_log_mels(texts)
     for name, model in (("base", tuner.reference), ("tuned", tuner.model)):
         audio[name] = synthesise_all(model, texts, tuner.schedule, config.seed, progress=name)
-        rows[name] = measure(audio[name], texts, asked)
+        rows[name] = measure(audio[name], texts, asked, speaker)
         for i, wav in enumerate(audio[name]):
             write_audio(run.path / "samples" / f"{name}_{i:03d}.wav", wav)
     (run.path / "samples" / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    with open(run.path / "evaluation.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["system", "index", *rows["base"][0]])
-        writer.writeheader()
-        writer.writerows({"system": name, "index": i, **row} for name in rows for i, row in enumerate(rows[name]))
+    write_rows(run.path / "evaluation.csv", rows)
     return compare(rows["base"], rows["tuned"], audio["base"], audio["tuned"])
 
 # %% ../nbs/42_launch.ipynb #1052eb80

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NARROW', 'EDGES', 'FREE', 'VALIDATION_STEPS', 'draw_levels', 'architecture', 'new_model', 'orthogonalise', 'Muon',
            'make_optimisers', 'learning_rate_factor', 'average_decay', 'update_average', 'PretrainConfig',
-           'check_config', 'window_batch', 'Steps', 'batch_losses', 'lend_stress', 'Pretraining', 'save', 'restore',
-           'load_state', 'train_step', 'validate', 'sample', 'score', 'report_samples', 'mean_losses', 'report',
-           'open_board', 'stop_flag', 'ignore_interrupts', 'batches', 'fit', 'drop_later_rows', 'prepare', 'pretrain',
-           'main']
+           'check_config', 'window_batch', 'Steps', 'batch_losses', 'lend_stress', 'Pretraining', 'save_base', 'save',
+           'restore', 'load_state', 'train_step', 'validate', 'sample', 'score', 'report_samples', 'mean_losses',
+           'report', 'open_board', 'stop_flag', 'ignore_interrupts', 'batches', 'fit', 'drop_later_rows', 'prepare',
+           'pretrain', 'main']
 
 # %% ../nbs/09_pretrain.ipynb #f2287374
 import copy
@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
 from .core import RunDir, UserError, atomic_write, environment, keyed_generator, pick_device, plain, run_main, set_seed
@@ -295,25 +296,30 @@ class Pretraining:
         return self.seconds / 60 / self.config.minutes
 
 # %% ../nbs/09_pretrain.ipynb #55bb67fe
-def save(run):
-    "Writes state.pt, from which `restore` goes on, and base.safetensors, the averaged model; both whole or not at all."
-    config = plain(run.config)
-    random = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-    state = dict(
-        config=config, utterances=len(run.items), step=run.step, seconds=run.seconds, sums=run.sums, random=random,
-        validation=run.validation, model=run.model.state_dict(), average=run.average.state_dict(),
-        optimisers=[optimiser.state_dict() for optimiser in run.optimisers])
-    with atomic_write(run.folder.path / "state.pt") as path:
-        torch.save(state, path)
-    del config["corpus"], config["out"]
+def save_base(run):
+    "Writes base.safetensors: the averaged model, with what it was made of and its last validation as metadata."
+    base = copy.deepcopy(run.average)
+    lend_stress(base.encoder.embedding.weight, {i for item in run.items for i in item.ids})
+    config = {k: v for k, v in plain(run.config).items() if k not in ("corpus", "out")}
     metadata = dict(
         config=config, steps=run.step, minutes=round(run.seconds / 60, 2), corpus_hours=round(run.items.hours, 2),
         validation=run.validation)
-    base = copy.deepcopy(run.average)
-    lend_stress(base.encoder.embedding.weight, {i for item in run.items for i in item.ids})
     save_wavegrad2(base, run.folder.path / "base.safetensors", metadata)
 
 
+def save(run):
+    "Writes state.pt, from which `restore` goes on, and base.safetensors; each whole or not at all, and not after divergence."
+    mean_losses(run)
+    random = dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+    state = dict(
+        config=plain(run.config), utterances=len(run.items), step=run.step, seconds=run.seconds, sums=run.sums,
+        random=random, validation=run.validation, model=run.model.state_dict(), average=run.average.state_dict(),
+        optimisers=[optimiser.state_dict() for optimiser in run.optimisers])
+    with atomic_write(run.folder.path / "state.pt") as path:
+        torch.save(state, path)
+    save_base(run)
+
+# %% ../nbs/09_pretrain.ipynb #37bf0231
 def restore(run):
     "Puts `run` where its state.pt left off; UserError where the file is damaged or was made with other settings."
     path = run.folder.path / "state.pt"
@@ -484,13 +490,11 @@ def fit(
     progress=True,  # show a bar
 ):
     "Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved); writes state.pt at the end."
-    from tqdm import tqdm
-
     config, board, began, spent = run.config, open_board(run), time.monotonic(), run.seconds
     last_step = min(last_step or math.inf, config.steps or math.inf)
     bar = tqdm(total=config.steps or None, initial=run.step, unit="step", mininterval=1, disable=not progress)
+    stream = iter(batches(run))
     with stop_flag() as flag:
-        stream = iter(batches(run))
         while run.progress < 1 and run.step < last_step and not flag.is_set():
             train_step(run, next(stream))
             run.seconds = spent + time.monotonic() - began
@@ -503,11 +507,10 @@ def fit(
                 save(run)
             if config.slice_minutes and run.seconds - spent > 60 * config.slice_minutes:
                 break
-        mean_losses(run)
         save(run)
-        bar.close()
-        if board:
-            board.close()
+    bar.close()
+    if board:
+        board.close()
     if flag.is_set():
         raise KeyboardInterrupt
 

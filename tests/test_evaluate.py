@@ -7,7 +7,9 @@ import torch
 from dlpo_nb.audio import log_mel
 from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.evaluate import (bootstrap_interval, compare, format_table, measure, ordered, read_rows, role, synthesise_all, verdict, write_rows)
+from dlpo_nb.evaluate import (bootstrap_interval, compare, format_table, measure, ordered, read_rows, role, speaker_log_mels,
+                              synthesise_all, verdict, write_rows)
+from dlpo_nb.text import prompts
 
 TEXTS = ["Good morning.", "The kettle is on.", "Six grey geese crossed the wide road.", "Rain."]
 
@@ -153,3 +155,10 @@ def test_rows_on_disk(tmp_path):
                 read_rows(tmp_path / "d.csv")
     with pytest.raises(UserError, match="nothing.csv"):
         read_rows(tmp_path / "nothing.csv")
+
+
+def test_the_speakers_own_reading():
+    texts = prompts("heldout")[:64]
+    mels = speaker_log_mels(texts[::-1])
+    assert len(mels) == 64 and all(mel.shape[0] == 80 and mel.dtype == torch.float32 and -6 <= mel.min() < mel.max() < 3 for mel in mels)
+    assert torch.equal(mels[0], speaker_log_mels(texts)[-1]) and speaker_log_mels(texts + ["Something else."]) is None
