@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=["dlpo_nb", "dlpo_nb.*"]),
-    package_data={"dlpo_nb": ["assets/*"]},
+    package_data={"dlpo_nb": ["assets/*", "assets/speech_train/*", "assets/speech_train/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -46,8 +46,8 @@ class Trajectory:
     frames: torch.Tensor # (B,) frames of each text
     group_size: int # G, members of a text (1: no groups)
     steps: list # trained steps, the noisiest first
-    x_t: list # a step: (B, N) where the members still share their state, else (B*G, N)
-    x_prev: list # a step: (B*G, N), the action that was taken
+    x_t: tuple # a step: (B, N) where the members still share their state, else (B*G, N)
+    x_prev: tuple # a step: (B*G, N), the action that was taken
     log_prob: torch.Tensor # (S, B*G) log p(x_prev | x_t) at rollout time
     audio: torch.Tensor # (B*G, N) x_0, clamped to [-1, 1)
     audio_lengths: torch.Tensor # (B*G,) samples
@@ -111,10 +111,9 @@ def rollout(
     ids, lengths = pad_ids(ids)
     cond = policy.condition(ids, lengths)
     mask = sample_mask(cond.frames, policy.hop)
-    wide = mask.repeat_interleave(group_size, 0)
     noise = partial(step_noise, key, indices, (cond.frames * policy.hop).tolist(), group_size, fork=fork, device=mask.device)
     x = noise(schedule.num_steps) # x_T: its step is one above the first
-    x_t, x_prev, log_prob, clipped = [], [], [], []
+    kept = []
     for t in reversed(range(schedule.num_steps)):
         mean, eps, outside = _step(policy, schedule, x, cond.hidden, cond.frames, t)
         if t == 0:
@@ -124,13 +123,12 @@ def rollout(
         action = mean.repeat_interleave(len(z) // len(mean), 0) + schedule.sigma(t).to(z) * z
         if t in steps:
             repeats = len(action) // len(x)
-            x_t.append(x)
-            x_prev.append(action)
-            log_prob.append(schedule.transition_log_prob(eps.repeat_interleave(repeats, 0), x.repeat_interleave(repeats, 0), action, t,
-                                                         mask.repeat_interleave(len(action) // len(mask), 0)))
-            clipped.append(outside)
+            log_prob = schedule.transition_log_prob(eps.repeat_interleave(repeats, 0), x.repeat_interleave(repeats, 0), action, t,
+                                                    mask.repeat_interleave(len(action) // len(mask), 0))
+            kept.append((x, action, log_prob, outside))
         x = action
-    audio = (x * wide[: len(x)]).clamp(-1, AUDIO_MAX)
+    x_t, x_prev, log_prob, clipped = zip(*kept)
+    audio = (x * mask.repeat_interleave(group_size, 0)).clamp(-1, AUDIO_MAX)
     return Trajectory([text for text in texts for _ in range(group_size)], ids, lengths, cond.durations, cond.hidden, cond.frames, group_size,
                       list(steps), x_t, x_prev, torch.stack(log_prob), audio, (cond.frames * policy.hop).repeat_interleave(group_size),
                       float(torch.stack(clipped).mean()))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from dlpo_nb.core import UserError
+from dlpo_nb.data import load_corpus
 from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal, load_state, text_indices
 from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
 from dlpo_nb.text import text_to_ids
@@ -41,7 +42,7 @@ def quiet(audio, lengths, rate, texts):
 
 
 def make_tuner(**options):
-    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8) | options
+    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8, dl_source="sample") | options
     return Finetuner(FinetuneConfig(**settings), spoken(make_model()), quiet, TEXTS)
 
 
@@ -178,3 +179,14 @@ def test_broken_state_file(tmp_path):
 def test_bad_settings(options, word):
     with pytest.raises(UserError, match=word):
         make_tuner(**options).episode()
+
+
+def test_penalty_on_recordings(data):
+    corpus = load_corpus(data / "corpus_tiny")
+    config = dict(episodes=1, batch_size=4, group_size=2, fork=3, rollout_steps=6, guidance_frames=8, dl_source="data")
+    tuner = Finetuner(FinetuneConfig(**config), spoken(make_model()), quiet, TEXTS, corpus)
+    assert not tuner.objective.score_part, "on recordings the score part is pure variance"
+    metrics = tuner.episode()
+    assert metrics["diffusion_loss"] > 0 and metrics["grad_norm/penalty"] > 0 and metrics["ratio/mean"] == 1.0
+    with pytest.raises(UserError, match="dl-source"):
+        Finetuner(FinetuneConfig(**config), make_model(), quiet, TEXTS)
