@@ -114,7 +114,7 @@ PACKAGE = Path(importlib.util.find_spec("dlpo_nb").submodule_search_locations[0]
 def asset(name):
     "Path of the packaged file `name`; UserError where the package has no such file."
     path = PACKAGE / "assets" / name
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"the package has no file assets/{name}; install dlpo_nb again, or give a path of your own")
     return path
 

@@ -18,26 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db
-from .core import UserError, asset, atomic_write
-from .mdp import AUDIO_MAX, keyed_noise
-from .text import pad_ids, text_to_ids
+from .core import UserError, asset, atomic_write, keyed_generator
+from .text import text_to_ids
+from .wavegrad2.model import AUDIO_MAX, evaluating, synthesise
 
 # %% ../nbs/50_evaluate.ipynb #0f0ba7f3
-def _chain(model, ids, schedule, seed, batch):
-    "Audio (N_i,) of each text of the batch; ids: a list of lists, batch: the index of each text in the whole list."
-    device = next(model.parameters()).device
-    condition = model.condition(*(v.to(device) for v in pad_ids(ids)))
-    samples = (condition.frames * model.hop).tolist()
-    def noise(step): return keyed_noise([(seed, "evaluate", i, step) for i in batch], samples, device)
-    x = noise(schedule.num_steps)
-    for t in reversed(range(schedule.num_steps)):
-        level = schedule.level(t).to(x).expand(len(batch), 1)
-        eps = model.predict_noise(x, condition.hidden, level, frames=condition.frames)
-        x = schedule.step(eps, x, t, noise(t) if t else None)
-    return [row[:n].clamp(-1, AUDIO_MAX).float().cpu() for row, n in zip(x, samples)]
-
-
-@torch.inference_mode()
 def synthesise_all(
     model, # Policy: condition(ids, lengths), predict_noise(x, hidden, level, frames), hop
     texts, # list of str
@@ -49,15 +34,14 @@ def synthesise_all(
     "Speak all texts, in eval mode, each from noise of its own; UserError for a text with nothing to speak."
     ids = [text_to_ids(text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    audio, training = [None] * len(texts), model.training
-    model.eval()
+    audio = [None] * len(texts)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    with tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
+    with evaluating(model), tqdm(total=len(texts), desc=progress, unit="text", disable=progress is None) as bar:
         for batch in batches:
-            for i, sound in zip(batch, _chain(model, [ids[i] for i in batch], schedule, seed, batch)):
-                audio[i] = sound
+            generators = [keyed_generator(seed, "evaluate", i) for i in batch]
+            for i, sound in zip(batch, synthesise(model, [ids[i] for i in batch], schedule, generators)):
+                audio[i] = sound.float().cpu()
             bar.update(len(batch))
-    model.train(training)
     return audio
 
 # %% ../nbs/50_evaluate.ipynb #faf7db6b
