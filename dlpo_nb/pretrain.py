@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NARROW', 'EDGES', 'FREE', 'VALIDATION_STEPS', 'draw_levels', 'architecture', 'new_model', 'orthogonalise', 'Muon',
            'make_optimisers', 'learning_rate_factor', 'average_decay', 'update_average', 'PretrainConfig',
-           'check_config', 'window_batch', 'Steps', 'batch_losses', 'lend_stress', 'Pretraining', 'save_base', 'save',
-           'restore', 'load_state', 'train_step', 'validate', 'sample', 'score', 'report_samples', 'mean_losses',
-           'report', 'open_board', 'stop_flag', 'ignore_interrupts', 'batches', 'fit', 'drop_later_rows', 'prepare',
-           'pretrain', 'main']
+           'check_config', 'window_batch', 'Steps', 'batch_losses', 'lend_stress', 'first_model', 'Pretraining',
+           'save_base', 'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'score', 'report_samples',
+           'mean_losses', 'report', 'open_board', 'stop_flag', 'ignore_interrupts', 'batches', 'fit', 'drop_later_rows',
+           'prepare', 'pretrain', 'main']
 
 # %% ../nbs/09_pretrain.ipynb #f2287374
 import copy
@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
-from .core import RunDir, UserError, atomic_write, environment, keyed_generator, pick_device, plain, run_main, set_seed
+from .core import RunDir, UserError, asset, atomic_write, environment, keyed_generator, pick_device, plain, run_main, set_seed
 from .data import collate, load_corpus
 from .diffusion import NoiseSchedule
 from .text import SYMBOLS
-from .wavegrad2.model import WaveGrad2, WaveGrad2Config, denoising_loss, duration_loss, save_wavegrad2
+from .wavegrad2.model import WaveGrad2, WaveGrad2Config, denoising_loss, duration_loss, load_wavegrad2, save_wavegrad2
 
 # %% ../nbs/09_pretrain.ipynb #edceff4c
 def draw_levels(
@@ -168,8 +168,8 @@ class PretrainConfig:
     batch_size: int = 4  # windows a step
     window_frames: int = 44  # length of a window, in frames of 300 samples
     optimiser: Literal["muon", "adamw"] = "muon"  # what moves the weight matrices
-    lr: float = 1.5e-3  # peak learning rate of AdamW
-    matrix_lr: float = 0.02  # peak learning rate of Muon
+    lr: float = 1e-3  # peak learning rate of AdamW
+    matrix_lr: float = 0.006  # peak learning rate of Muon
     warmup_steps: int = 300  # steps until the learning rate is at its peak
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # gradient norm above which gradients are scaled down
@@ -184,6 +184,7 @@ class PretrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     slice_minutes: float = 0.0  # stop after this many minutes, to go on with --resume (0: never)
     resume: bool = False  # go on from state.pt in the run's folder, where there is one
+    start_from: str = ""  # a base of the same size whose weights to start from: tiny_base (packaged) or a file
 
 
 # what a resumed run may change; all the rest decides the numbers
@@ -268,6 +269,17 @@ def lend_stress(
                 table[i] = table[primary]
 
 # %% ../nbs/09_pretrain.ipynb #7e0867f7
+def first_model(config):
+    "The model that a run starts with: a fresh one, or a given base."
+    model = new_model(config.arch)
+    if config.start_from:
+        base = load_wavegrad2(asset("tiny_base.safetensors") if config.start_from == "tiny_base" else config.start_from)
+        if base.config != model.config:
+            raise UserError(f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with")
+        model.load_state_dict(base.state_dict())
+    return model
+
+
 class Pretraining:
     "A base in training: model, its average, optimisers, step and seconds spent."
 
@@ -281,7 +293,7 @@ class Pretraining:
             raise UserError(f"the corpus {config.corpus} has {len(items)} utterances; two at least are needed")
         self.folder = RunDir(config.out)
         set_seed(config.seed)
-        self.model = new_model(config.arch).to(self.device).train()
+        self.model = first_model(config).to(self.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimisers = make_optimisers(self.model, config.optimiser, config.lr, config.matrix_lr)
         self.step, self.seconds = 0, 0.0

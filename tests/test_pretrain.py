@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlpo_nb.core import UserError
-from dlpo_nb.pretrain import PretrainConfig, Pretraining, Steps, fit, make_optimisers, new_model, prepare, pretrain, train_step, window_batch
+from dlpo_nb.core import UserError, asset
+from dlpo_nb.pretrain import PretrainConfig, Pretraining, Steps, first_model, fit, make_optimisers, new_model, prepare, pretrain, train_step, window_batch
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,3 +181,11 @@ def test_gpu_job_goes_on_from_small_files(config, tmp_path):
     assert 0 < steps[0] < steps[1]
     (tmp_path / "base.safetensors").write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "two").glob("base.part.*"))))
     load_wavegrad2(tmp_path / "base.safetensors")
+
+
+def test_start_from_a_base(tmp_path):
+    config = PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, start_from="tiny_base")
+    base = load_wavegrad2(asset("tiny_base.safetensors")).state_dict()
+    assert all(torch.equal(v, base[k]) for k, v in first_model(config).state_dict().items())
+    with pytest.raises(UserError, match="--arch small"):
+        first_model(PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, arch="small", start_from="tiny_base"))
