@@ -235,3 +235,10 @@ class RunDir:
 
     def append_metrics(self, row): append_jsonl(self.path / "metrics.jsonl", row)
     def metrics(self): return read_jsonl(self.path / "metrics.jsonl")
+
+    def trim_metrics(self, episodes):
+        "Keep the rows of the first `episodes` episodes; a run that was stopped between a row and its state goes on from the state."
+        rows = [row for row in self.metrics() if row["episode"] < episodes]
+        with atomic_write(self.path / "metrics.jsonl") as temporary:
+            for row in rows:
+                append_jsonl(temporary, row)

@@ -256,7 +256,7 @@ def update(tuner, trajectories, advantage, e):
     penalty = None
     for inner in range(c.inner_epochs):
         tuner.optimiser.zero_grad(set_to_none=True)
-        stats, penalty_gradient = [], torch.zeros(1)
+        stats, penalty_gradient = [], torch.zeros(1, device=tuner.device)
         if tuner.objective.uses_denoising:
             d, stats = penalty_pass(tuner, trajectories, e, inner)
             if penalty is None and c.dl_source == "sample": # the score part
@@ -269,8 +269,8 @@ def update(tuner, trajectories, advantage, e):
         if not torch.isfinite(norm):
             raise UserError(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
         if first is None:
-            first = summarise(stats) | {"kl": kl_to_reference(tuner, trajectories[0]), "grad_norm": float(norm), "grad_norm/policy": float(policy_gradient.norm()),
-                      "grad_norm/penalty": float(penalty_gradient.norm())}
+            first = summarise(stats) | {"kl": kl_to_reference(tuner, trajectories[0]), "grad_norm": float(norm),
+                                        "grad_norm/policy": float(policy_gradient.norm()), "grad_norm/penalty": float(penalty_gradient.norm())}
         tuner.optimiser.step()
     return first
 

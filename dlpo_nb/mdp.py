@@ -108,7 +108,8 @@ def rollout(
     if fork is not None and max(steps) > fork:
         raise UserError(f"step {max(steps)} is trained but lies above the fork at step {fork}, where all members of a group act alike; "
                         f"train steps up to {fork} or fork earlier.")
-    ids, lengths = pad_ids(ids)
+    device = next(policy.parameters()).device
+    ids, lengths = (v.to(device) for v in pad_ids(ids))
     cond = policy.condition(ids, lengths)
     mask = sample_mask(cond.frames, policy.hop)
     noise = partial(step_noise, key, indices, (cond.frames * policy.hop).tolist(), group_size, fork=fork, device=mask.device)
