@@ -15,7 +15,7 @@ import textwrap
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db
 from .core import UserError, asset, atomic_write, keyed_generator

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .core import UserError, atomic_write, keyed_generator
 from .data import collate

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..audio import SAMPLE_RATE
 from ..core import UserError, atomic_write
@@ -206,7 +206,8 @@ def synthesise(
     if not ids:
         return []
     device = next(policy.parameters()).device
-    said = policy.condition(*(v.to(device) for v in pad_ids(ids)), pace=pace)
+    options = {} if pace == 1 else {"pace": pace} # the Policy protocol knows no pace
+    said = policy.condition(*(v.to(device) for v in pad_ids(ids)), **options)
     sizes = (said.frames * policy.hop).tolist()
     x = draw_noise(sizes, generator, device)
     for t in tqdm(range(schedule.num_steps - 1, -1, -1), disable=not progress, unit="step"):
