@@ -238,7 +238,10 @@ class RunDir:
 
     def trim_metrics(self, episodes):
         "Keep the rows of the first `episodes` episodes; a run that was stopped between a row and its state goes on from the state."
+        if not (self.path / "metrics.jsonl").exists():
+            return
         rows = [row for row in self.metrics() if row["episode"] < episodes]
         with atomic_write(self.path / "metrics.jsonl") as temporary:
+            temporary.touch()
             for row in rows:
                 append_jsonl(temporary, row)

@@ -72,7 +72,19 @@ class FinetuneConfig(FinetuneSettings):
             raise UserError(f"--batch-size {self.batch_size} is not a multiple of --group-size {self.group_size}.")
         if not 0 <= self.fork < self.rollout_steps:
             raise UserError(f"--fork {self.fork} must lie between 0 and {self.rollout_steps - 1}, the noisiest action of the chain.")
-        draw_steps(self.train_steps, self.rollout_steps)
+        if self.advantage not in ("batch", "group"):
+            raise UserError(f"advantage '{self.advantage}' is not known: choose 'batch' or 'group'.")
+        if self.advantage == "group" and self.group_size < 2:
+            raise UserError("--advantage group needs a --group-size of at least 2; or say --advantage batch.")
+        self.check_steps()
+
+    def check_steps(self):
+        "Raise a UserError where a trained step could lie above the fork."
+        steps = draw_steps(self.train_steps, self.rollout_steps, keyed_generator(self.seed, "check"))
+        highest = self.rollout_steps - 1 if self.train_steps.startswith("random") else steps[0]
+        if self.fork and highest > self.fork:
+            raise UserError(f"--train-steps {self.train_steps} reaches step {highest}, above --fork {self.fork}, where all rollouts of a text act alike; "
+                            f"raise --fork to {highest} or set it to 0.")
 
     def schedule(self):
         "The K-step schedule of the rollouts."

@@ -132,8 +132,6 @@ def load_recordings(config):
 def open_run(preset, config):
     "The run directory: a new one, or the one to go on with."
     if config.resume:
-        if not (Path(config.out) / "checkpoints" / "state.pt").exists():
-            raise UserError(f"there is no run to go on with in {config.out}; check --out or start it without --resume.")
         return RunDir(config.out)
     if config.out:
         if (Path(config.out) / "config.json").exists():
@@ -240,8 +238,10 @@ def launch(preset, config):
     if config.dry_run:
         return dry_run(tuner, config)
     run = open_run(preset, config)
+    state = run.path / "checkpoints" / "state.pt"
     if config.resume:
-        load_state(tuner, run.path / "checkpoints" / "state.pt")
+        if state.exists(): # a run stopped in its first episode has none and starts anew
+            load_state(tuner, state)
         run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
     else:
         run.write_json("config.json", {"preset": preset, **asdict(config)})

@@ -156,7 +156,7 @@ def test_quiet_is_learnt_and_its_control_is_not():
     assert end["true"] > 0 and end["true"] > end["control"]
 
 
-def test_gradient_signal_of_a_direct_reward_is_positive():
+def test_gradient_signal_counts_groups():
     measured = gradient_signal(make_tuner(batch_size=48, group_size=4))
     assert measured["groups"] == 12 and measured["noise"] > 0
 
@@ -174,7 +174,7 @@ def test_broken_state_file(tmp_path):
 
 @pytest.mark.parametrize("options, word", [
     (dict(batch_size=5), "group-size"), (dict(control="x"), "control"), (dict(episodes=0), "episodes"), (dict(trainable="x"), "trainable"),
-    (dict(fork=6), "fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
+    (dict(fork=6), "fork"), (dict(train_steps="all"), "--fork"), (dict(train_steps="random:2"), "--fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
 ])
 def test_bad_settings(options, word):
     with pytest.raises(UserError, match=word):

@@ -21,7 +21,7 @@ def run(name, flags, threads):
     if (kept / "summary.json").exists():
         return
     resume = ["--resume"] if (out / "checkpoints" / "state.pt").exists() else []
-    command = [sys.executable, "-m", "dlpo_nb.launch", "--out", str(out), "--threads", str(threads), *flags, *resume]
+    command = [sys.executable, "-m", "dlpo_nb.launch", "--out", str(out.relative_to(ROOT)), "--threads", str(threads), *flags, *resume]
     with open(ROOT / "runs" / "tiny_dlpo" / f"{name}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
     kept.mkdir(parents=True, exist_ok=True)
