@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CAUTION', 'synthesise_all', 'measure', 'aligned_log_mel_distance', 'speaker_log_mels', 'bootstrap_interval',
-           'paired_difference', 'compare', 'direction', 'role', 'verdict', 'ordered', 'format_table', 'write_rows',
-           'read_rows']
+           'paired_difference', 'compare', 'direction', 'role', 'verdict', 'ordered', 'drift_lines', 'format_table',
+           'write_rows', 'read_rows']
 
 # %% ../nbs/50_evaluate.ipynb #0bdd5d9b
 import csv
@@ -179,6 +179,15 @@ def ordered(metrics, reward):
     return judges + [name for name in LABELS if name in metrics]
 
 
+def drift_lines(drift):
+    "How far the tuned model has gone from the base, where that was measured."
+    lines = []
+    if "diffusion_loss/base" in drift:
+        before, after = drift["diffusion_loss/base"], drift["diffusion_loss/tuned"]
+        lines.append(f"{'denoising loss on recordings':<32}{before:>9.4f}{after:>9.4f}{after - before:>+13.4f}")
+    return lines + ([f"{'KL to the base, a sample':<32}{'':>9}{drift['kl']:>9.4f}"] if "kl" in drift else [])
+
+
 def format_table(
     summary, # summary.json of a run: evaluation, method, reward, control, seed, episodes, minutes
 ) -> str: # at most 100 columns
@@ -194,7 +203,8 @@ def format_table(
         lines += [f"{label[:31]:<32}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['difference']:>+13.3f}   {interval:<18}{direction(m)}".rstrip()]
     if "log_mel_distance" in evaluation:
         lines += [f"{'log-mel distance, tuned to base':<32}{'':>9}{evaluation['log_mel_distance']['mean']:>9.3f}"]
-    lines += [f"{'duration, tuned over base':<32}{'':>9}{evaluation['duration_ratio']:>9.3f}", "", *textwrap.wrap(verdict(summary), 100)]
+    lines += [f"{'duration, tuned over base':<32}{'':>9}{evaluation['duration_ratio']:>9.3f}", *drift_lines(summary.get("drift", {})), "",
+              *textwrap.wrap(verdict(summary), 100)]
     return "\n".join(lines + (textwrap.wrap(CAUTION, 100) if control == "none" else []))
 
 # %% ../nbs/50_evaluate.ipynb #2e561ba2

@@ -19,7 +19,7 @@ import tyro
 from .audio import SAMPLE_RATE, write_audio
 from .core import RunDir, UserError, asset, environment, pick_device, run_main
 from .data import load_corpus
-from .finetune import Finetuner, FinetuneConfig, finetune, load_state, save_state
+from .finetune import Finetuner, FinetuneConfig, drift, finetune, load_state, save_state
 from .rewards import get_reward
 from .text import prompts, read_texts, text_to_ids
 from .wavegrad2.model import load_wavegrad2, save_wavegrad2
@@ -49,13 +49,14 @@ class LaunchConfig(FinetuneConfig):
             raise UserError("--resume needs --out: the run directory to go on with.")
 
 
-PRESETS = {"tiny": LaunchConfig()}
+PRESETS = {"tiny": LaunchConfig(), "tiny-paper": LaunchConfig(beta=1.0, guidance_steps=10)}
 
 # %% ../nbs/42_launch.ipynb #602640bb
 MANUAL = """Fine-tune a text-to-speech diffusion model by reinforcement learning, and report what came of it.
 
 A PRESET may come first: python -m dlpo_nb.launch [PRESET] [OPTIONS].
   tiny (the default): the packaged base and prompts on a CPU, within 10 minutes, nothing to download.
+  tiny-paper: the same with the paper's alpha = beta = 1 and its 10 noise levels in the penalty.
 
 A run speaks batches of texts (rollouts), has them scored by a reward, and follows the policy gradient of the
 chosen method. Then base and tuned model speak the held-out texts with the same noise; a table compares them,
@@ -64,7 +65,7 @@ and the run directory holds config, metrics, checkpoints, wavs and a self-contai
 examples:
   python -m dlpo_nb.launch                                    DLPO with the settings of preset tiny
   python -m dlpo_nb.launch --control shuffle-advantages       its negative control: the same job, rewards shuffled
-  python -m dlpo_nb.launch --method ddpo --seed 1             another method, another seed
+  python -m dlpo_nb.launch --method dpok --seed 1             another method, another seed
   python -m dlpo_nb.launch --texts my.txt --out runs/mine     your own texts, one a line
   python -m dlpo_nb.launch --out runs/mine --resume           go on with an interrupted run
   python -m dlpo_nb.launch --dry-run                          what will it cost? writes nothing
@@ -80,6 +81,7 @@ def parse(argv=None):
     config = read_flags(argv, PRESETS[preset])
     if config.resume and config.out:
         config = read_flags(argv, stored_config(config.out)) # what the command does not say stays as it was
+    config = config.resolved()
     config.check()
     return preset, config
 
@@ -123,9 +125,7 @@ def load_texts(source, split, max_words=0, count=None):
 
 
 def load_recordings(config):
-    "The corpus on which the denoising loss is taken, or None where the method needs none."
-    if config.dl_source != "data" or not config.objective().uses_denoising:
-        return None
+    "The recorded speech on which the denoising loss is taken, and watched where the method does not take it."
     return load_corpus(asset("speech_train") if config.corpus == "packaged" else config.corpus)
 
 
@@ -151,7 +151,8 @@ def banner(preset, config, texts, heldout):
     print(f"{config.method} on preset {preset}, seed {config.seed}{shuffled}")
     print(f"  {config.episodes} episodes x {config.batch_size} rollouts ({groups} texts x {config.group_size}), {config.rollout_steps} {config.spacing} steps, "
           f"training {config.train_steps}")
-    print(f"  reward {config.reward}, alpha {config.alpha:g}, beta {config.beta:g}, learning rate {config.learning_rate:g}")
+    penalty = "no penalty" if config.beta is None else f"beta {config.beta:g}"
+    print(f"  reward {config.reward}, alpha {config.alpha:g}, {penalty}, learning rate {config.learning_rate:g}")
     print(f"  {len(texts)} train texts, {len(heldout)} held-out texts, {torch.get_num_threads()} CPU threads", flush=True)
 
 
@@ -251,6 +252,7 @@ def launch(preset, config):
                "minutes": sum(m["seconds"] for m in run.metrics()) / 60, "heldout_texts": len(heldout)}
     if heldout:
         summary["evaluation"] = evaluate_run(tuner, run, config, heldout, asked)
+        summary["drift"] = drift(tuner, heldout[:8])
     run.write_json("summary.json", summary)
     if heldout:
         print(format_table(summary))

@@ -6,5 +6,5 @@
 __all__ = []
 
 # %% ../../nbs/39_all_objectives.ipynb #11624b84
-from . import ddpo, dlpo
-from .base import OBJECTIVES, Replay, advantages, get_objective
+from . import ddpo, dlpo, dpok, klinr, onlydl, released, rwr
+from .base import OBJECTIVES, Loss, Objective, Replay, TextBuffer, advantages, get_objective

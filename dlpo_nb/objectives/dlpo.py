@@ -8,25 +8,20 @@ __all__ = ['DLPO']
 # %% ../../nbs/35_dlpo.ipynb #82106f66
 from dataclasses import dataclass
 
-from .base import OBJECTIVES, Replay, ppo_loss
+from .base import OBJECTIVES, Loss, Objective, Replay
 
-# %% ../../nbs/35_dlpo.ipynb #d2bcfb3e
+# %% ../../nbs/35_dlpo.ipynb #fd754d75
 @OBJECTIVES.register("dlpo")
 @dataclass
-class DLPO:
+class DLPO(Objective):
     "Diffusion-model-loss-guided policy optimisation: eq. 10 and 11 of the paper with the sign of the penalty put right."
-    alpha: float = 1.0 # weight of the (normalised) reward
     beta: float = 1.0 # weight of the denoising loss, in units of the normalised reward
-    clip_range: float = 1e-4 # epsilon of the clipped ratio
-    score_part: bool = True # the penalty also counts as a negative reward; off where D is taken on recorded audio
-    uses_denoising = True # asks the loop for penalty slices
+    direct_part: bool = True # the penalty is a loss
+    score_part: bool = True # the penalty is also a negative reward; off where D is taken on recorded audio
+    needs = ("policy", "denoising")
 
-    def __call__(self, replay: Replay):
-        "Loss of a policy or of a penalty slice, averaged over its items, and statistics."
-        if replay.log_prob is None:
-            return self.beta * replay.denoising.mean(), {"diffusion_loss": replay.denoising.detach().mean()}
-        weight = self.alpha * replay.advantage
-        if self.score_part:
-            weight = weight - self.beta * replay.penalty
-        loss, ratio, clipped = ppo_loss(replay.log_prob, replay.old_log_prob, weight, self.clip_range)
-        return loss.mean(), {"ratio/mean": ratio.mean(), "ratio/clipfrac": clipped.float().mean()}
+    def __call__(self, replay: Replay) -> Loss:
+        "Of a policy slice, or of a denoising slice."
+        if replay.denoising is not None:
+            return Loss(penalty=self.beta * replay.denoising.mean() if self.direct_part else None)
+        return self.policy_loss(replay, self.beta)
