@@ -15,19 +15,21 @@ ROOT = Path(__file__).resolve().parents[1]
 KEEP = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "evaluation.csv")
 
 
-def run(name, flags, threads):
-    """One launch into runs/tiny_dlpo/NAME, its numbers copied to results/tiny_dlpo/NAME."""
-    out, kept = ROOT / "runs" / "tiny_dlpo" / name, ROOT / "results" / "tiny_dlpo" / name
+def run(experiment, name, flags, threads):
+    """One launch into runs/EXPERIMENT/NAME, its numbers copied to results/EXPERIMENT/NAME; returns the run directory."""
+    out, kept = ROOT / "runs" / experiment / name, ROOT / "results" / experiment / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     if (kept / "summary.json").exists():
-        return
+        return out
     resume = ["--resume"] if (out / "checkpoints" / "state.pt").exists() else []
     command = [sys.executable, "-m", "dlpo_nb.launch", "--out", str(out.relative_to(ROOT)), "--threads", str(threads), *flags, *resume]
-    with open(ROOT / "runs" / "tiny_dlpo" / f"{name}.log", "a") as log:
+    with open(out.parent / f"{name}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
     kept.mkdir(parents=True, exist_ok=True)
     for file in KEEP:
         shutil.copy(out / file, kept / file)
     print(name, "done", flush=True)
+    return out
 
 
 def main():
@@ -37,13 +39,12 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("flags", nargs="*", help="further flags of dlpo_nb.launch, after --")
     args = parser.parse_args()
-    (ROOT / "runs" / "tiny_dlpo").mkdir(parents=True, exist_ok=True)
     jobs = []
     for seed in args.seeds:
         jobs.append((f"dlpo-seed{seed}", ["--seed", str(seed), *args.flags]))
         jobs.append((f"control-seed{seed}", ["--seed", str(seed), "--control", "shuffle-advantages", *args.flags]))
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(run, name, flags, args.threads) for name, flags in jobs]:
+        for future in [pool.submit(run, "tiny_dlpo", name, flags, args.threads) for name, flags in jobs]:
             future.result()
 
 
