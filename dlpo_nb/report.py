@@ -14,7 +14,7 @@ import base64
 import html
 import io
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,8 @@ def reward_curve(
 
 # %% ../nbs/52_report.ipynb #ae99beb0
 PANELS = {"diffusion_loss": "diffusion loss", "kl": "KL to the base model", "ratio/mean": "probability ratio, mean",
-          "ratio/clipfrac": "clipped ratios, share", "grad_norm": "gradient norm", "seconds": "seconds an episode"}
+          "ratio/clipfrac": "clipped ratios, share", "grad_norm": "gradient norm", "grad_norm/policy": "gradient norm, policy part",
+          "grad_norm/penalty": "gradient norm, penalty part", "grad_cosine": "cosine of the two gradients", "seconds": "seconds an episode"}
 
 
 def panel(runs, key, theme="light"):
@@ -279,6 +280,8 @@ def control_command(run):
     from dlpo_nb.launch import PRESETS
     preset = run.config.get("preset", "tiny")
     default, away = PRESETS.get(preset), ("control", "out", "resume", "dry_run")
+    if default: # with what the method fills in, which need not be said again
+        default = replace(default, method=run.config["method"]).resolved()
     flags = [part for key, value in run.config.items() if key not in away and getattr(default, key, value) != value
              for part in ("--" + key.replace("_", "-"), str(value))]
     name = Path(f"{run.path}-control")
@@ -319,6 +322,11 @@ def evaluation_table(run):
     extra = [f"Duration of tuned over base: {run.evaluation['duration_ratio']:.3f}"]
     if "log_mel_distance" in run.evaluation:
         extra.insert(0, f"Log-mel distance from base to tuned: {run.evaluation['log_mel_distance']['mean']:.3f} (0.05 is 1 dB)")
+    drift = run.summary.get("drift", {})
+    if "kl" in drift:
+        extra.append(f"KL to the base: {drift['kl']:.4f} a sample")
+    if "diffusion_loss/base" in drift:
+        extra.append(f"Denoising loss on recordings: {drift['diffusion_loss/base']:.4f} before, {drift['diffusion_loss/tuned']:.4f} after")
     return (f"<h2>On {run.evaluation['n']} held-out texts</h2>" + card(
         table(["", "base", "tuned", "tuned − base", "", ""], rows)
         + f'<p class="soft">Both models spoke each text from the same noise. Intervals: paired bootstrap over texts. {". ".join(extra)}.</p>'))

@@ -74,10 +74,24 @@ def test_dry_run_writes_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("method", ["rwr", "ddpo", "dpok", "klinr", "onlydl", "released"])
+def test_every_method_runs_from_the_packaged_base(method):
+    done = launch("--method", method, "--dry-run", *TINY)
+    assert done.returncode == 0, done.stderr
+    assert f"{method} on preset tiny" in done.stdout and "minutes" in done.stdout
+
+
+def test_the_papers_weights_are_a_preset():
+    done = launch("tiny-paper", "--dry-run", "--guidance-steps", "1", *TINY)
+    assert done.returncode == 0 and "alpha 1, beta 1," in done.stdout
+
+
 def test_help_is_a_manual():
     done = launch("--help")
     assert done.returncode == 0
-    for word in ("examples:", "--method", "--episodes", "--batch-size", "--control", "--base-checkpoint", "--out", "--resume", "--seed", "--dry-run"):
+    for word in ("examples:", "--method", "--episodes", "--batch-size", "--control", "--base-checkpoint", "--out", "--resume", "--seed", "--dry-run",
+                 "--alpha", "--beta", "--advantage", "--kl-form", "--reduction", "--estimator", "--dl-source", "--penalty-parts", "--guidance-steps", "--rwr-weights",
+                 "--train-steps", "--trainable", "tiny-paper"):
         assert word in done.stdout
 
 
@@ -97,6 +111,12 @@ def broken_files(folder):
     (["--no-such-flag"], ["no-such-flag"]),
     (["huge"], ["huge", "tiny"]),
     (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
+    (["--method", "rwr", "--dl-source", "data"], ["rwr", "sample"]),
+    (["--penalty-parts", "both"], ["--penalty-parts both", "--dl-source sample"]),
+    (["--method", "dpok", "--kl-form", "l3"], ["l3", "exact"]),
+    (["--advantage", "zscore"], ["zscore", "leave-one-out"]),
+    (["--estimator", "score", "--inner-epochs", "2"], ["--estimator score"]),
+    (["--tau", "0"], ["--tau", "above 0"]),
     (["--reward", "mosquito"], ["mosquito", "dnsmos"]),
     (["--control", "placebo"], ["placebo", "shuffle-advantages"]),
     (["--episodes", "0"], ["--episodes", "at least 1"]),

@@ -1,40 +1,43 @@
-"""Signal and noise of the policy gradient on the packaged base: `python tools/gradient_signal.py`.
+"""Signal and noise of the policy gradient on the packaged base, step by step: `python tools/gradient_signal.py`.
 
-16 of the short train prompts x 8 rollouts, DNSMOS p808, training the last 1, 2 or 3 actions; see nbs/40_finetune.
-Writes results/tiny_dlpo/gradient_signal.json.
+Short train prompts x 8 rollouts, DNSMOS p808 as reward. All nine actions of the 10-step chain, the rollouts of a text forked
+at the noisiest one (they share only x_T); see nbs/32_ddpo and nbs/40_finetune. Writes results/tiny_base/gradient_signal.json.
 """
+import argparse
 import json
 import math
+import shlex
+import sys
 from pathlib import Path
 
-from dlpo_nb.core import asset
-from dlpo_nb.finetune import Finetuner, FinetuneConfig, collect, gradient_signal, score_audio
+from dlpo_nb.core import asset, environment
+from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.text import prompts
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
-HOW = "python tools/gradient_signal.py (16 texts x 8 rollouts, seed 0; one estimate each, itself noisy; null: no signal measured)"
 
-
-def measure(last):
-    """One row: signal and noise for train steps last:N, and where the reward's spread lies."""
-    texts = [text for text in prompts("train") if len(text.split()) <= 4]
-    config = FinetuneConfig(batch_size=128, group_size=8, fork=last, train_steps=f"last:{last}", dl_source="sample")
-    tuner = Finetuner(config, load_wavegrad2(asset("tiny_base.safetensors")), get_reward("dnsmos"), texts)
-    rewards = score_audio(tuner, collect(tuner, 0)).view(-1, 8)
-    found = gradient_signal(tuner)
-    needed = found["groups_for_signal"]
-    return {"train_steps": config.train_steps, "groups": found["groups"], "signal": float(f"{found['signal']:.3g}"), "noise": float(f"{found['noise']:.3g}"),
-            "groups_for_signal": round(needed, 1) if math.isfinite(needed) else None,
-            "reward_sd_within_text": round(float((rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt()), 4),
-            "reward_sd_between_texts": round(float(rewards.mean(1).std()), 4)}
+def rounded(row):
+    """Three digits; null where no signal was measured."""
+    return {k: (v if isinstance(v, int) else float(f"{v:.3g}") if math.isfinite(v) else None) for k, v in row.items()}
 
 
 def main():
-    rows = [measure(last) for last in (1, 2, 3)]
-    path = Path(__file__).resolve().parents[1] / "results" / "tiny_dlpo" / "gradient_signal.json"
-    path.write_text(json.dumps({"rows": rows, "how": HOW}, indent=1) + "\n")
-    print(path.read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=64, help="texts")
+    parser.add_argument("--train-steps", default="all")
+    parser.add_argument("--fork", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "tiny_base" / "gradient_signal.json")
+    args = parser.parse_args()
+    texts = [text for text in prompts("train") if len(text.split()) <= 4]
+    config = FinetuneConfig(method="ddpo", batch_size=8 * args.groups, fork=args.fork, train_steps=args.train_steps, seed=args.seed)
+    tuner = Finetuner(config, load_wavegrad2(asset("tiny_base.safetensors")), get_reward("dnsmos"), texts)
+    found = gradient_signal(tuner, progress=True)
+    steps = [rounded(row) for row in found.pop("steps")]
+    how = shlex.join(["python", "tools/gradient_signal.py", *sys.argv[1:]])
+    args.out.write_text(json.dumps({"how": how, **rounded(found), "steps": steps, "environment": environment()}, indent=1) + "\n")
+    print(args.out.read_text())
 
 
 if __name__ == "__main__":

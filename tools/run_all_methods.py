@@ -8,9 +8,9 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import soundfile
 from run_tiny_experiment import ROOT, run
 
+from dlpo_nb.audio import mp3_bytes, read_audio
 from dlpo_nb.objectives import OBJECTIVES
 
 HEARD = (0, 3) # held-out texts whose audio is kept
@@ -22,8 +22,7 @@ def keep_audio(method, out):
     folder.mkdir(parents=True, exist_ok=True)
     for name, system in ((method, "tuned"), ("base", "base")):
         for i in HEARD:
-            audio, rate = soundfile.read(out / "samples" / f"{system}_{i:03d}.wav")
-            soundfile.write(folder / f"{name}_{i}.mp3", audio, rate)
+            (folder / f"{name}_{i}.mp3").write_bytes(mp3_bytes(read_audio(out / "samples" / f"{system}_{i:03d}.wav")))
 
 
 def main():
