@@ -194,7 +194,9 @@ def windowed_loss(
     noise = keyed_noise([(*key, n) for n in range(count)], [width * hop] * count, audio.device)
     cut = lambda x, scale: torch.stack([row[..., scale * s : scale * (s + width)] for row, s in zip(x, start)])
     mask = cut(sample_mask(frames, hop), hop)
-    return denoising_loss(model, cut(audio, hop), cut(hidden, 1), level, noise, mask, reduction="none")
+    # an utterance that ends inside the window ends there for the network too
+    inside = (frames - torch.tensor(start, device=frames.device)).clamp(max=width)
+    return denoising_loss(model, cut(audio, hop), cut(hidden, 1), level, noise, mask, inside, reduction="none")
 
 # %% ../nbs/40_finetune.ipynb #be10a121
 class Finetuner:
@@ -322,10 +324,9 @@ def reference_hidden(tuner, t):
 @torch.no_grad()
 def log_ratios(tuner, trajectories) -> torch.Tensor:
     "k (batch,): log p_old - log p_reference of the stored actions, summed over the trained steps and all samples."
-    scale = step_weight(tuner.config.train_steps, tuner.config.rollout_steps)
     def one(t):
         hidden, samples = reference_hidden(tuner, t), t.audio_lengths if t.reduction == "mean" else 1
-        return scale * samples * sum(t.log_prob[s] - replay(tuner.reference, tuner.schedule, t, s, hidden)[0] for s in range(len(t.steps)))
+        return samples * sum(t.log_prob[s] - replay(tuner.reference, tuner.schedule, t, s, hidden)[0] for s in range(len(t.steps)))
     return torch.cat([one(t) for t in trajectories])
 
 
@@ -402,9 +403,9 @@ def policy_pass(tuner, trajectories, signal, penalty, gradients):
 def baseline(tuner, values):
     "A penalty inside the reward (batch,), less the mean that the rewards are freed of too."
     c = tuner.config
-    if c.advantage == "raw":
-        return values
-    return centre(values, c.group_size if c.advantage in ("group", "leave-one-out") else 1)
+    if c.advantage in ("raw", "leave-one-out"):
+        return advantages(values, c.advantage, c.group_size)
+    return centre(values, c.group_size if c.advantage == "group" else 1)
 
 # %% ../nbs/40_finetune.ipynb #54039ee6
 def summarise(stats):
@@ -441,7 +442,8 @@ def update(tuner, trajectories, signal, e):
         if not torch.isfinite(norm):
             raise UserError(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
         if first is None:
-            first = recorded_loss(tuner, e) | stats | {"kl": kl_to_reference(tuner, trajectories[0]), "grad_norm": float(norm), **gradients.norms()}
+            watched = {} if "diffusion_loss" in stats else recorded_loss(tuner, e)
+            first = stats | watched | {"kl": kl_to_reference(tuner, trajectories[0]), "grad_norm": float(norm), **gradients.norms()}
         tuner.optimiser.step()
     return first
 

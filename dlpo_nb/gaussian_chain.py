@@ -38,7 +38,7 @@ class ChainSampler:
 
     def kl(self, x, t, b, b_ref=0.0, form="exact"):
         "Divergence of policy and reference at step t, (n,)."
-        eps, eps_ref = self.eps(x[t + 1], t, b), self.eps(x[t + 1], t, torch.as_tensor(b_ref))
+        eps, eps_ref = self.eps(x[t + 1], t, b), self.eps(x[t + 1], t, b_ref)
         return kl_divergence(self.schedule, eps, eps_ref, x[t + 1], t, form=form, clip=False)
 
     def denoising(self, x0, b, k, noise):
@@ -107,7 +107,7 @@ def chain_slices(objective, chain, b, x, signal, generator, b_ref=0.0, speech="s
         if getattr(objective, "score_part", False):
             penalty = d.detach() - d.detach().mean()
     if "log_ratio" in objective.needs:
-        ratios = [chain.log_prob(x, t, b.detach()) - chain.log_prob(x, t, torch.as_tensor(b_ref)) for t in actions]
+        ratios = [chain.log_prob(x, t, b.detach()) - chain.log_prob(x, t, b_ref) for t in actions]
         penalty = sum(ratios)
     if "policy" in objective.needs:
         for t in actions:

@@ -1,55 +1,12 @@
 """The loop: exact ratio, forks, controls, what must and what must not change."""
 import pytest
 import torch
+from small_policy import TEXTS, make_model, make_rollout, make_tuner, quiet, spoken
 
 from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
 from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal, load_state, text_indices
-from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
-from dlpo_nb.text import text_to_ids
-from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config
-
-TEXTS = ["Go home.", "The door is open.", "Rain."]
-SMALL = WaveGrad2Config(encoder_channels=16, speaker_channels=4, predictor_channels=8, first_up=16, up=(16, 16, 8, 8, 8), first_down=4,
-                        down=(8, 8, 8, 16), preconditioned=True, data_std=0.18)
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    model = WaveGrad2(SMALL).eval()
-    with torch.no_grad():
-        model.resampling.duration_predictor.fc[0].weight.fill_(0)
-        model.encoder.embedding.weight.mul_(0.5)
-        model.decoder.ublock_postconv.conv1d.weight.mul_(0.1) # as at the start of a training
-    return model
-
-
-def spoken(model, frames=4):
-    """The model with predicted durations of a few frames for every symbol."""
-    original = model.condition
-
-    def condition(ids, lengths, durations=None, **options):
-        durations = (ids > 0).long() * frames if durations is None else durations
-        return original(ids, lengths, durations=durations, **options)
-
-    model.condition = condition
-    return model
-
-
-def quiet(audio, lengths, rate, texts):
-    """A reward that is cheap and padding-proof: minus the mean power."""
-    return torch.stack([-a[:n].square().mean() for a, n in zip(audio, lengths)])
-
-
-def make_tuner(**options):
-    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8, dl_source="sample") | options
-    return Finetuner(FinetuneConfig(**settings), spoken(make_model()), quiet, TEXTS)
-
-
-def make_rollout(model, texts=TEXTS, **options):
-    schedule = FinetuneConfig(rollout_steps=6).schedule()
-    arguments = dict(steps=[3, 2, 1], key=(0, "test"), indices=list(range(len(texts)))) | options
-    return schedule, rollout(model, schedule, texts, [text_to_ids(t) for t in texts], **arguments)
+from dlpo_nb.mdp import draw_steps, replay, sample_mask
 
 
 @pytest.mark.parametrize("group_size, fork", [(1, None), (2, None), (3, 3), (2, 4)])
