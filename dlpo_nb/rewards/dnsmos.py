@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'WINDOW_SECONDS', 'WINDOW', 'P835', 'windows', 'mel_filters', 'p808_features', 'network_path',
-           'session', 'DNSMOS']
+           'session', 'rate_window', 'DNSMOS', 'dnsmos_ovrl', 'dnsmos_sig', 'dnsmos_bak']
 
 # %% ../../nbs/21_dnsmos.ipynb #a3610c34
 import functools
 import importlib.util
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ WINDOW = 144160  # samples: 9.01 s at 16 kHz
 
 
 def windows(clip):
-    """Windows (W, 144160) of a clip (N,) at 16 kHz: one of the repeated clip if it is shorter, else one a whole second."""
+    """Windows, a list of (144160,), of a clip (N,) at 16 kHz: one of the repeated clip if it is shorter, else one a whole second."""
     if len(clip) < WINDOW:
-        return clip.repeat(math.ceil(WINDOW / len(clip)))[None, :WINDOW]
+        return [clip.repeat(math.ceil(WINDOW / len(clip)))[:WINDOW]]
     starts = range(max(1, len(clip) // SAMPLE_RATE - 9))
-    # rounding makes windows 7 to 23 of the reference one sample short, and it leaves those out
+    # rounding makes windows 7 to 23 (and a few after 2 minutes) of the reference one sample short, and it leaves those out
     whole = [i for i in starts if int((i + WINDOW_SECONDS) * SAMPLE_RATE) == i * SAMPLE_RATE + WINDOW]
-    return torch.stack([clip[i * SAMPLE_RATE : i * SAMPLE_RATE + WINDOW] for i in whole])
+    return [clip[i * SAMPLE_RATE : i * SAMPLE_RATE + WINDOW] for i in whole]
 
 # %% ../../nbs/21_dnsmos.ipynb #cff941c1
 @functools.lru_cache
@@ -72,42 +73,76 @@ def network_path(file):
 
 
 @functools.lru_cache
-def session(file, threads):
-    """The onnxruntime session of a network of this process, on the CPU."""
+def session(file):
+    """The onnxruntime session of a network of this process, on one thread of the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(network_path(file)), options, providers=["CPUExecutionProvider"])
 
-# %% ../../nbs/21_dnsmos.ipynb #eee49f7a
+
+def rate_window(window, names):
+    """Scores by name (dict) of a window (144160,) at 16 kHz: at least those that are asked for, list of "p808", "sig", "bak", "ovrl"."""
+    found = {}
+    if "p808" in names:
+        found["p808"] = float(session("model_v8.onnx").run(None, {"input_1": p808_features(window[None]).numpy()})[0][0, 0])
+    if P835.keys() & set(names):
+        raw = session("sig_bak_ovr.onnx").run(None, {"input_1": window[None].numpy()})[0][0].tolist()
+        found |= {name: a * raw[column] ** 2 + b * raw[column] + c for name, (column, (a, b, c)) in P835.items()}
+    return found
+
+# %% ../../nbs/21_dnsmos.ipynb #931104b6
 @REWARDS.register("dnsmos")
 class DNSMOS(Reward):
     """DNSMOS, a mean opinion score from 1 to 5 (Reddy et al., ICASSP 2021 and 2022), on one tile of 9.01 s.
 
-    score: "p808" (overall quality, the default), "ovrl", "sig" or "bak" (P.835). threads: of onnxruntime; default torch's.
-    Called as every `Reward`. Equal to `speechmos` given the tile; clips of 9.01 s and more are cut into its windows.
+    score: "p808" (overall quality, the default), "ovrl", "sig" or "bak" (P.835). threads: clips at a time; default torch's.
+    Called as every `Reward`; `details` gives all four. Equal to `speechmos` given the tile; longer clips are cut into its windows.
     """
 
-    name = "dnsmos"
     sample_rate = SAMPLE_RATE
     worst = 1.0
+    dimensions = ("p808", "sig", "bak", "ovrl")
 
     def __init__(self, score="p808", threads=None):
-        if score != "p808" and score not in P835:
-            raise UserError(f"DNSMOS has no score {score!r}; choose from p808, {', '.join(P835)}")
+        if score not in self.dimensions:
+            raise UserError(f"DNSMOS has no score {score!r}; choose from {', '.join(self.dimensions)}")
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UserError(f"DNSMOS: threads must be a whole number from 1 up, but got {threads!r}")
+        self.name = "dnsmos" if score == "p808" else f"dnsmos_{score}"
         self.score, self.threads = score, threads or torch.get_num_threads()
 
-    def score_windows(self, audio):
-        """Scores (W,), array, of windows (W, 144160) at 16 kHz."""
-        if self.score == "p808":
-            return session("model_v8.onnx", self.threads).run(None, {"input_1": p808_features(audio).numpy()})[0][:, 0]
-        column, (a, b, c) = P835[self.score]
-        raw = session("sig_bak_ovr.onnx", self.threads).run(None, {"input_1": audio.numpy()})[0][:, column]
-        return a * raw**2 + b * raw + c
+    def rate(self, clips, names):
+        """Scores (len(clips), len(names)): the mean over the windows of each clip."""
+
+        def rate_clip(clip):
+            found = [rate_window(window, names) for window in windows(clip)]
+            return [sum(scores[name] for scores in found) / len(found) for name in names]
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            return torch.tensor(list(pool.map(rate_clip, clips)))  # map keeps the order
 
     def score_clips(self, clips, sample_rate, texts):
-        # one clip at a time: larger batches of windows fall out of the processor's cache and are slower
-        return [float(self.score_windows(windows(clip)).mean()) for clip in clips]
+        return self.rate(clips, [self.score])[:, 0]
+
+    def detail_clips(self, clips, sample_rate, texts):
+        return self.rate(clips, self.dimensions)
+
+# %% ../../nbs/21_dnsmos.ipynb #18b61faf
+@REWARDS.register("dnsmos_ovrl")
+def dnsmos_ovrl(threads=None):
+    """DNSMOS's overall score of P.835."""
+    return DNSMOS("ovrl", threads)
+
+
+@REWARDS.register("dnsmos_sig")
+def dnsmos_sig(threads=None):
+    """DNSMOS's score of the speech."""
+    return DNSMOS("sig", threads)
+
+
+@REWARDS.register("dnsmos_bak")
+def dnsmos_bak(threads=None):
+    """DNSMOS's score of the background."""
+    return DNSMOS("bak", threads)

@@ -1,51 +1,100 @@
-"""Cost of DNSMOS against the stock `speechmos` call, in one run: `python tools/bench/bench_dnsmos.py [--seconds 1.5] [--threads N]`.
+"""Cost of DNSMOS by length, against the stock `speechmos` call: `python tools/bench/bench_dnsmos.py [--out results/bench/dnsmos.json]`.
 
-The two take turns; times are medians after a first call that is not counted, so that loading is not measured. `speechmos` leaves the
-number of threads to onnxruntime, which takes every core it may use; --threads defaults to the same number.
+Processor seconds of this process (all its threads), which other jobs on the machine disturb less than seconds on the clock. Medians, after a
+first call that is not counted, so that loading is not measured. `speechmos` leaves the number of threads to onnxruntime. The second part scores a
+batch on one thread, with a pool of two, and with two threads inside onnxruntime instead.
 """
 import argparse
-import os
+import functools
+import json
 import statistics
 import time
+from pathlib import Path
 
+import onnxruntime
 import torch
 from speechmos import dnsmos as stock
 
-from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE, windows
+from dlpo_nb.core import environment
+from dlpo_nb.rewards import dnsmos
+from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE
+
+BATCH = 8
 
 
-def seconds_of(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def cpu_seconds(call, repeats):
+    """Median of the processor seconds of a call."""
+    found = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        found.append(time.process_time() - start)
+    return statistics.median(found)
+
+
+def noise(seconds, seed=0):
+    """A clip (N,) of noise that comes and goes."""
+    clip = torch.randn(round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(seed))
+    return (0.1 * clip * torch.linspace(0, 6.28, len(clip)).sin().abs()).clamp(-1, 1)
+
+
+@functools.lru_cache
+def two_threads(file):
+    """A session as DNSMOS has it, but with two threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
+    return onnxruntime.InferenceSession(str(dnsmos.network_path(file)), options, providers=["CPUExecutionProvider"])
+
+
+def by_length(lengths, repeats):
+    """{name: [processor seconds a clip, by length]}."""
+    p808, ovrl = DNSMOS("p808", threads=1), DNSMOS("ovrl", threads=1)
+    calls = {
+        "speechmos": lambda clip: stock.run(clip.numpy(), SAMPLE_RATE),
+        "all four": lambda clip: p808.detail_clips([clip], SAMPLE_RATE, [""]),
+        "ovrl": lambda clip: ovrl.score_clips([clip], SAMPLE_RATE, [""]),
+        "p808": lambda clip: p808.score_clips([clip], SAMPLE_RATE, [""]),
+    }
+    found = {}
+    for name, call in calls.items():
+        call(noise(9.5))
+        found[name] = [cpu_seconds(lambda: call(noise(seconds)), repeats) for seconds in lengths]
+    return found
+
+
+def by_threads(repeats):
+    """{score: {way: processor seconds a clip}} of a batch of clips of 3 s."""
+    clips, own, found = [noise(3, seed) for seed in range(BATCH)], dnsmos.session, {}
+    for score in ("p808", "ovrl"):
+        ways = {"one thread": (1, own), "pool of two": (2, own), "two threads in onnxruntime": (1, two_threads)}
+        for way, (threads, session) in ways.items():
+            dnsmos.session = session
+            reward = DNSMOS(score, threads=threads)
+            call = lambda: reward.score_clips(clips, SAMPLE_RATE, [""] * BATCH)
+            call()
+            found.setdefault(score, {})[way] = cpu_seconds(call, repeats) / BATCH
+        dnsmos.session = own
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.5, help="length of the clip")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 2, 4.5, 9, 10.5, 12, 16, 20, 30], help="lengths of the clips")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
-    noise = torch.randn(round(args.seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
-    clip = (0.1 * noise * torch.linspace(0, 6.28, len(noise)).sin().abs()).clamp(-1, 1)
-    tile, length = windows(clip)[0], torch.tensor([len(clip)])
-    rewards = {score: DNSMOS(score, threads=args.threads) for score in ("p808", "ovrl")}
-    calls = {
-        "speechmos as it is": lambda: stock.run(clip.numpy(), SAMPLE_RATE),
-        "speechmos on one tile": lambda: stock.run(tile.numpy(), SAMPLE_RATE),
-        "DNSMOS ovrl": lambda: rewards["ovrl"](clip[None], length, SAMPLE_RATE, [""]),
-        "DNSMOS p808": lambda: rewards["p808"](clip[None], length, SAMPLE_RATE, [""]),
-    }
-    times = {name: [] for name in calls}
-    for turn in range(args.repeats + 1):
-        for name, call in calls.items():
-            spent = seconds_of(call)
-            if turn:
-                times[name].append(spent)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"one clip of {args.seconds:g} s, {args.threads} threads, median of {args.repeats}")
-    for name, median in medians.items():
-        print(f"{name:22} {median:7.3f} s   {medians['speechmos as it is'] / median:6.1f} x cheaper than speechmos as it is")
+    torch.set_num_threads(1)
+    lengths, threads = by_length(args.seconds, args.repeats), by_threads(args.repeats)
+    for name, costs in lengths.items():
+        print(f"{name:10}", *(f"{seconds:g} s: {cost:.3f}" for seconds, cost in zip(args.seconds, costs)))
+    for score, ways in threads.items():
+        print(f"{score:10}", *(f"{way}: {cost:.3f}" for way, cost in ways.items()))
+    if args.out:
+        rounded = lambda numbers: [round(number, 4) for number in numbers]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({
+            "seconds": args.seconds, "cpu_seconds_per_clip": {name: rounded(costs) for name, costs in lengths.items()}, "batch": BATCH,
+            "threads": {score: dict(zip(ways, rounded(ways.values()))) for score, ways in threads.items()}, "environment": environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
