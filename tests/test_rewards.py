@@ -167,7 +167,7 @@ def test_random_formulas_give_weights_or_a_user_error():
         assert weights and all(math.isfinite(weight) for weight in weights.values()), formula
 
 
-@pytest.mark.parametrize("formula", ["utmos", "wer", "0.8*dnsmos - 0.2*wer", "", " ", None, 3])
+@pytest.mark.parametrize("formula", ["mosnet", "wer", "0.8*dnsmos - 0.2*wer", "", " ", None, 3])
 def test_what_is_not_there_is_not_pretended(formula):
     with pytest.raises(UserError):
         get_reward(formula)
@@ -351,7 +351,7 @@ def test_options_reach_their_part():
 
 
 def test_importing_the_rewards_loads_no_scorer():
-    code = "import sys, dlpo_nb.rewards; print([m for m in ('librosa', 'onnxruntime', 'torchmetrics', 'speechmos') if m in sys.modules])"
+    code = "import sys, dlpo_nb.rewards; print([m for m in ('librosa', 'onnxruntime', 'torchmetrics', 'speechmos', 'transformers') if m in sys.modules])"
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
