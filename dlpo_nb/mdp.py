@@ -24,7 +24,7 @@ def draw_steps(
     "Choose the steps of the chain whose actions are trained."
     kind, _, count = spec.partition(":")
     actions = num_steps - 1
-    valid = kind == "all" and not count or kind in ("last", "random") and count.isdigit() and 1 <= int(count) <= actions
+    valid = kind == "all" and not count or kind in ("last", "random") and count.isdecimal() and 1 <= int(count) <= actions
     if not valid:
         raise UserError(f"train steps '{spec}' do not fit a chain of {num_steps} steps: say 'all', 'last:N' or 'random:N' "
                         f"with N from 1 to {actions} (the last step is deterministic and is no action).")

@@ -1,12 +1,15 @@
 """The loop: exact ratio, forks, controls, what must and what must not change."""
+from pathlib import Path
+
 import pytest
 import torch
 from small_policy import TEXTS, make_model, make_rollout, make_tuner, quiet, spoken
 
 from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
-from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal, load_state, text_indices
+from dlpo_nb.finetune import SHIPPED, Finetuner, FinetuneConfig, gradient_signal, grid_level, load_state, save_state, text_indices
 from dlpo_nb.mdp import draw_steps, replay, sample_mask
+from dlpo_nb.objectives import OBJECTIVES
 
 
 @pytest.mark.parametrize("group_size, fork", [(1, None), (2, None), (3, 3), (2, 4)])
@@ -99,8 +102,58 @@ def test_same_seed_same_run_other_seed_other_run():
 
 
 def test_inner_epochs_move_the_ratio():
-    tuner = make_tuner(inner_epochs=3)
-    assert tuner.episode()["ratio/mean"] == 1.0
+    metrics = make_tuner(inner_epochs=3, learning_rate=1e-2).episode()
+    assert metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0 and metrics["ratio/clipfrac"] > 0, "those of the last epoch"
+    assert metrics["kl"] == 0.0, "all else is that of the first"
+
+
+def test_a_reward_that_is_not_finite_names_its_text():
+    tuner = make_tuner()
+    tuner.reward = lambda audio, *rest: torch.full((len(audio),), float("nan"))
+    before = [p.clone() for p in tuner.model.parameters()]
+    with pytest.raises(UserError, match="not finite") as error:
+        tuner.episode()
+    assert any(text in str(error.value) for text in TEXTS)
+    assert all(torch.equal(a, b) for a, b in zip(before, tuner.model.parameters()))
+
+
+def test_a_state_is_of_one_method(tmp_path):
+    save_state(make_tuner(method="ddpo", dl_source="auto"), tmp_path / "state.pt")
+    with pytest.raises(UserError, match="--method ddpo"):
+        load_state(make_tuner(method="klinr", dl_source="auto"), tmp_path / "state.pt")
+
+
+def test_an_objective_of_ones_own(tmp_path):
+    """The example of CONTRIBUTING.md, as it stands there."""
+    text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = [block for block in text.split("```python\n")[1:] if "objectives.cautious" in block]
+    exec(compile(example.split("```")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": __name__})
+    try:
+        tuner = make_tuner(method="cautious", dl_source="auto", episodes=2)
+        assert tuner.episode()["grad_norm/penalty"] == 0 and tuner.episode()["grad_norm/penalty"] > 0
+    finally:
+        OBJECTIVES.entries.pop("cautious")
+
+
+@pytest.mark.parametrize("form", ["mse", "l1", "l2"])
+def test_kl_form_reaches_the_loss(form):
+    exact, other = make_tuner(method="dpok", dl_source="auto"), make_tuner(method="dpok", dl_source="auto", kl_form=form)
+    for tuner in (exact, other):
+        tuner.episode()
+    assert exact.episode()["kl/policy_states"] != other.episode()["kl/policy_states"]
+
+
+def test_what_is_left_to_the_method():
+    found = {m: FinetuneConfig(method=m).resolved() for m in SHIPPED}
+    assert {m: c.beta for m, c in found.items()} == dict(rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None)
+    assert found["rwr"].dl_source == "sample" and found["released"].dl_source == found["dlpo"].dl_source == "data"
+    assert FinetuneConfig(reduction="sum").resolved().clip_range == 0.2 and found["ddpo"].clip_range == 1e-4
+    assert [FinetuneConfig(method="rwr", tau=2.0).resolved().objective().tau, found["dlpo"].objective().score_part] == [2.0, False]
+    assert all(c.resolved() == c for c in found.values()), "resolving again changes nothing, so that a run can be resumed"
+
+
+def test_levels_on_the_grid():
+    assert [grid_level(j, 11) for j in range(11)] == [999, 900, 801, 702, 603, 504, 405, 306, 207, 108, 9] and grid_level(1, 2) == 9
 
 
 def test_quiet_is_learnt_and_its_control_is_not():
@@ -130,6 +183,9 @@ def test_broken_state_file(tmp_path):
 
 
 @pytest.mark.parametrize("options, word", [
+    (dict(method="ddpo", kl_form="l1", dl_source="auto"), "option of dpok"), (dict(method="released", dl_source="sample"), "data"),
+    (dict(rollout_steps=1, fork=0, train_steps="all"), "at least 2"), (dict(batch_size=1, group_size=1, advantage="batch"), "at least 2 rewards"),
+    (dict(beta=float("nan")), "beta"), (dict(train_steps="last:²"), "train steps"), (dict(method="dpok", dl_source="auto", tau=2.0), "option of rwr"),
     (dict(batch_size=5), "group-size"), (dict(control="x"), "control"), (dict(episodes=0), "episodes"), (dict(trainable="x"), "trainable"),
     (dict(fork=6), "fork"), (dict(train_steps="all"), "--fork"), (dict(train_steps="random:2"), "--fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
 ])

@@ -619,7 +619,7 @@ def exact_model(kind=torch.float64):
 def make(method, model=None, **options):
     """A tuner with small models; recordings where the method asks for them."""
     model = model or exact_model()
-    source = options.pop("dl_source", "data" if method == "released" else "sample")
+    source = options.pop("dl_source", {"released": "data", "rwr": "sample", "dlpo": "sample", "onlydl": "sample"}.get(method, "auto"))
     return make_tuner(model, corpus=make_corpus(model.hop) if source == "data" else None, method=method, dl_source=source, guidance_frames=3, **options)
 
 
@@ -1232,7 +1232,7 @@ BRAKES = dict(ddpo={}, dpok=dict(beta=100.0), klinr=dict(beta=10.0), dlpo=dict(b
 def trained(method, reward, updates, **options):
     """A small policy after some updates: the metrics of each, and the tuner."""
     policy = ConvPolicy()
-    settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, dl_source="data") | options
+    settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, dl_source="data" if method == "dlpo" else "auto") | options
     tuner = make_tuner(policy, reward, FOUR, make_corpus(policy.hop), method=method, **settings)
     return [tuner.episode() for _ in range(updates)], tuner
 

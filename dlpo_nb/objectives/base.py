@@ -36,7 +36,7 @@ class Loss(NamedTuple):
 
     @property
     def total(self):
-        "The loss."
+        "The loss; 0 where the slice asks for nothing."
         return sum(part for part in (self.policy, self.penalty) if part is not None)
 
 
@@ -44,19 +44,26 @@ OBJECTIVES = Registry("objective")
 
 
 def get_objective(name: str, **options):
-    "The objective of that name; options are its fields, such as alpha, beta and clip_range. UserError for an unknown name."
-    return OBJECTIVES.get(name)(**options)
+    "The objective of that name; options are its fields, such as alpha, beta and clip_range. UserError for an unknown name or option."
+    kind = OBJECTIVES.get(name)
+    known = [field for field, f in kind.__dataclass_fields__.items() if f.init]
+    for option in options:
+        if option not in known:
+            raise UserError(f"objective {name} has no option '{option}'; it has: {', '.join(known) or 'none'}.")
+    return kind(**options)
 
 # %% ../../nbs/30_objectives.ipynb #0f07a1d7
 ADVANTAGES = ("batch", "group", "buffer", "leave-one-out", "raw")
 
 
-def check_advantage(kind: str, group_size: int):
-    "UserError for an unknown kind, or groups of one."
+def check_advantage(kind: str, group_size: int, batch_size: int = 2):
+    "UserError for an unknown kind, or one reward beside nothing to compare it with."
     if kind not in ADVANTAGES:
         raise UserError(f"advantage '{kind}' is not known: choose one of {', '.join(ADVANTAGES)}.")
     if kind == "group" and group_size < 2:
         raise UserError("group advantages need at least 2 rollouts of a text: raise --group-size or say --advantage batch.")
+    if kind in ("batch", "leave-one-out") and batch_size < 2:
+        raise UserError(f"{kind} advantages need at least 2 rewards to compare: raise --batch-size.")
 
 
 def centre(values: torch.Tensor, group_size: int = 1) -> torch.Tensor:
@@ -72,21 +79,21 @@ def advantages(
     clip: float = 5.0, # largest absolute advantage of the normalised kinds
     texts: list | None = None, # (B) the text of each, for "buffer"
     buffer=None, # the TextBuffer, for "buffer"
-) -> torch.Tensor: # (B,) in the rewards' dtype
+) -> torch.Tensor: # (B,) in the rewards' dtype, float32 for whole numbers
     "What the policy gradient is weighted with."
-    check_advantage(kind, group_size)
+    check_advantage(kind, group_size, len(rewards))
+    if kind == "buffer" and buffer is None:
+        raise UserError("buffer advantages need the texts and a TextBuffer.")
     r = rewards.double()
     if kind == "leave-one-out":
         n = group_size if group_size > 1 else len(r)
-        if n < 2:
-            raise UserError("leave-one-out advantages need at least 2 rewards: raise --batch-size.")
         r = centre(r, group_size) * n / (n - 1) # r_i - mean of the others
     elif kind == "buffer":
         r = buffer.normalise(texts, r).clamp(-clip, clip)
     elif kind != "raw":
         centred = centre(r, group_size if kind == "group" else 1)
         r = (centred / (centred.square().mean().sqrt() + 1e-8)).clamp(-clip, clip)
-    return r.to(rewards.dtype)
+    return r.to(rewards.dtype) if rewards.is_floating_point() else r.float()
 
 # %% ../../nbs/30_objectives.ipynb #dc9ff5f2
 class TextBuffer:
@@ -166,6 +173,10 @@ class Objective:
     estimator: str = "ratio" # "ratio": clipped importance ratio; "score": log-probability, for one update a collection
     needs = ("policy",) # of policy, kl, log_ratio, denoising
     speech = "data" # where D is taken unless said otherwise
+
+    def __post_init__(self):
+        if self.estimator not in ("ratio", "score"):
+            raise UserError(f"estimator '{self.estimator}' is not known: choose ratio or score.")
 
     def signal(self, rewards, normalise):
         "What becomes of the rewards (B,); `normalise` is `advantages` with the loop's settings."

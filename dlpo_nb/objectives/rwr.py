@@ -41,5 +41,4 @@ class RWR:
 
     def __call__(self, replay: Replay) -> Loss:
         "Of a denoising slice of the samples that were rated."
-        w, d = replay.advantage, replay.denoising
-        return Loss(policy=(w * d).mean(), stats={"rwr/effective_share": w.mean().square() / w.square().mean()})
+        return Loss(policy=(replay.advantage * replay.denoising).mean())
