@@ -132,7 +132,7 @@ def check_values(c):
     if c.buffer_min_count > c.buffer_size:
         raise UserError(f"--buffer-min-count {c.buffer_min_count} is more than the --buffer-size of {c.buffer_size} ever holds.")
 
-
+# %% ../nbs/40_finetune.ipynb #21fd0746
 def check_steps(c):
     "UserError where a trained step could lie above the fork."
     steps = draw_steps(c.train_steps, c.rollout_steps, keyed_generator(c.seed, "check"))
@@ -265,9 +265,7 @@ class Finetuner:
         return kept | {"next_episode": self.next_episode, "method": self.config.method}
 
     def load_state_dict(self, state):
-        "Go on from a `state_dict`; UserError for another method's."
-        if state["method"] != self.config.method:
-            raise UserError(f"this run was begun with --method {state['method']}; go on with that, or start a new run for {self.config.method}.")
+        "Go on from a `state_dict`."
         for name in ("model", "optimiser", "buffer"):
             getattr(self, name).load_state_dict(state[name])
         self.next_episode = state["next_episode"]
@@ -522,9 +520,12 @@ def save_state(tuner, path):
 
 
 def load_state(tuner, path):
-    "Read what `save_state` wrote (weights only, nothing is executed)."
+    "Read what `save_state` wrote (weights only, nothing is executed). UserError for a broken file or another method's state."
     try:
-        tuner.load_state_dict(torch.load(path, map_location=tuner.device, weights_only=True))
+        state = torch.load(path, map_location=tuner.device, weights_only=True)
+        if state["method"] != tuner.config.method:
+            raise UserError(f"this run was begun with --method {state['method']}; go on with that, or start a new run for {tuner.config.method}.")
+        tuner.load_state_dict(state)
     except UserError:
         raise
     except Exception as error: # a broken file can fail anywhere in the reader
