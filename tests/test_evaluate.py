@@ -1,15 +1,32 @@
 """What the evaluation must keep to beyond its notebook: invariance, odd inputs, and the formats on disk."""
+import contextlib
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from dlpo_nb.audio import log_mel
-from dlpo_nb.core import UserError
+from dlpo_nb.core import UserError, asset
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.evaluate import (bootstrap_interval, compare, format_table, measure, ordered, read_rows, role, speaker_log_mels,
-                              synthesise_all, verdict, write_rows)
+from dlpo_nb.evaluate import evaluate as compare_all
+from dlpo_nb.evaluate import (EvaluateConfig, ScoreBook, ask, bootstrap_interval, compare, format_table, main, measure, ordered, read_rows, role, speak,
+                              speaker_log_mels, synthesise_all, verdict, write_rows)
+from dlpo_nb.rewards import REWARDS, get_reward
+from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
+from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TEXTS = ["Good morning.", "The kettle is on.", "Six grey geese crossed the wide road.", "Rain."]
 
@@ -162,3 +179,229 @@ def test_the_speakers_own_reading():
     mels = speaker_log_mels(texts[::-1])
     assert len(mels) == 64 and all(mel.shape[0] == 80 and mel.dtype == torch.float32 and -6 <= mel.min() < mel.max() < 3 for mel in mels)
     assert torch.equal(mels[0], speaker_log_mels(texts)[-1]) and speaker_log_mels(texts + ["Something else."]) is None
+
+
+# `python -m dlpo_nb.evaluate`
+
+def evaluate(*flags, cwd=ROOT):
+    command = [sys.executable, "-m", "dlpo_nb.evaluate", *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def said(done):
+    "What a command printed, on one line as if the terminal were endless."
+    return " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "What a run leaves of itself: its settings, and a tuned model whose weights were moved a little."
+    folder = tmp_path_factory.mktemp("runs") / "moved"
+    (folder / "checkpoints").mkdir(parents=True)
+    model = load_wavegrad2(asset("tiny_base.safetensors"))
+    with torch.no_grad():
+        for weight in model.decoder.parameters():
+            weight *= 1.01
+    save_wavegrad2(model, folder / "checkpoints" / "tuned.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(base_checkpoint="tiny_base", rollout_steps=4, spacing="geometric")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    "Recordings of the eight short texts; seven have something wrong or unusual."
+    folder = tmp_path_factory.mktemp("audio") / "theirs"
+    folder.mkdir()
+    voice = (0.1 * torch.sin(torch.arange(30000) * 0.05)).numpy()
+    soundfile.write(folder / "0.wav", voice, 22050)
+    (folder / "1.wav").write_bytes(b"RIFF but not really")
+    soundfile.write(folder / "2.wav", np.stack([voice, voice], 1), 44100)
+    soundfile.write(folder / "3.wav", voice, 8000)
+    soundfile.write(folder / "4.wav", np.zeros(40 * 60 * 16000, np.int16), 16000)
+    soundfile.write(folder / "5.wav", voice[:0], 22050)
+    soundfile.write(folder / "6.wav", voice * np.nan, 22050, subtype="FLOAT")
+    return folder  # and 7.wav is missing
+
+
+@pytest.fixture(scope="module")
+def texts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "eight.txt"
+    path.write_text("\n".join(f"{word}." for word in "One Two Three Four Five Six Seven Eight".split()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, theirs, texts_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluation") / "out"
+    command = (run, theirs, "--texts", texts_file, "--metrics", "dnsmos,mosquito,nisqa", "--nisqa-weights", "nowhere.tar", "--threads", 1, "--out", out)
+    done = evaluate(*command)
+    assert done.returncode == 0, done.stderr
+    return command, out, done
+
+
+def test_command_writes_what_it_says(evaluated):
+    _, out, done = evaluated
+    assert {p.name for p in out.iterdir()} == {"audio", "scores.jsonl", "evaluation.csv", "evaluation.json", "table.txt", "bars.png"}
+    result = json.loads((out / "evaluation.json").read_text())
+    assert list(result["systems"]) == ["base", "moved", "theirs"] and result["reference"] == "base" and result["texts"] == 8
+    against = result["measures"]["dnsmos"]["systems"]["moved"]["against"]
+    assert against["n"] == 8 and 0 <= against["t"] <= against["holm"] <= 1 and against["low"] <= against["difference"] <= against["high"]
+    assert {"dnsmos", "dnsmos_normalised", "seconds", "rms_db"} <= set(result["measures"])
+    assert result["measures"]["rms_db"]["better"] == "" and result["settings"]["seed"] == 0 and "torch" in result["environment"]
+    rows = read_rows(out / "evaluation.csv")
+    assert [len(own) for own in rows.values()] == [8, 8, 8] and {"text", "dnsmos", "seconds"} <= set(rows["base"][7])
+    assert set(rows["theirs"][1]) == {"text"}, "what cannot be judged has no numbers"
+    assert "4 geometric steps" in done.stdout and "Holm" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_every_wrong_recording_is_named_once_and_the_others_are_judged(evaluated):
+    _, out, done = evaluated
+    failures = json.loads((out / "evaluation.json").read_text())["failures"]
+    for index, word in {1: "damaged", 3: "8000 samples a second", 4: "40.0 minutes", 5: "no audio", 6: "nan or inf", 7: "no recording of this text"}.items():
+        found = [f for f in failures if f["index"] == index]
+        assert len(found) == 1 and found[0]["system"] == "theirs" and word in found[0]["reason"] and word in done.stdout
+    assert len(failures) == 6 and "2 channels were averaged; resampled from 44100 Hz" in done.stdout
+    judged = read_rows(out / "evaluation.csv")["theirs"]
+    assert [i for i, row in enumerate(judged) if "dnsmos" in row] == [0, 2] and abs(judged[2]["seconds"] - 30000 / 44100) < 1e-3
+
+
+def test_missing_judges_are_one_sentence_each(evaluated):
+    words = said(evaluated[2])
+    assert "mosquito is left out: unknown reward 'mosquito'" in words and "nisqa is left out: there are no NISQA weights at nowhere.tar" in words
+
+
+def test_nothing_is_made_twice(evaluated):
+    command, out, _ = evaluated
+    csv, scores = (out / "evaluation.csv").read_bytes(), (out / "scores.jsonl").read_bytes()
+    made = {path: path.stat().st_mtime_ns for path in (out / "audio").rglob("*.wav")}
+    book = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(book[:-3]) + book[-3][:20])  # as after a kill, in the middle of a line
+    (out / "audio" / "moved" / "003.wav").unlink()
+    (out / "evaluation.csv").unlink()
+    done = evaluate(*command)
+    assert done.returncode == 0, done.stderr
+    assert (out / "evaluation.csv").read_bytes() == csv, "to the bit"
+    assert sorted((out / "scores.jsonl").read_bytes().splitlines()) == sorted(scores.splitlines())
+    assert len(made) == 16 and all(path.stat().st_mtime_ns == t for path, t in made.items() if path.parent.name == "base")
+
+
+def test_other_settings_are_made_anew(evaluated, tmp_path):
+    first = speak_one(tmp_path, seed=0)
+    assert speak_one(tmp_path, seed=0) == first and speak_one(tmp_path, seed=1) != first and speak_one(tmp_path, seed=0, text="Two.") != first
+
+
+def speak_one(folder, seed, text="One."):
+    system, schedule = System("base", "model", asset("tiny_base.safetensors")), NoiseSchedule.linear().respaced(2, "geometric")
+    assert speak(system, [text], schedule, seed, folder, "cpu") == {}
+    assert (folder / "texts.txt").read_text() == f"000|{text}\n"
+    return (folder / "000.wav").read_bytes()
+
+
+def test_a_diverged_model_is_a_failure_not_a_crash(tmp_path):
+    model = load_wavegrad2(asset("tiny_base.safetensors"))
+    with torch.no_grad():
+        for weight in model.decoder.parameters():
+            weight.fill_(1e30)
+    save_wavegrad2(model, tmp_path / "gone.safetensors")
+    failed = speak(System("gone", "model", tmp_path / "gone.safetensors"), ["One."], NoiseSchedule.linear().respaced(2), 0, tmp_path / "audio", "cpu")
+    assert list(failed) == [0] and "diverged" in str(failed[0]) and not list((tmp_path / "audio").glob("*.wav"))
+
+
+def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
+    def judge(audio, lengths, sample_rate, texts):
+        if (lengths > 1000).any():
+            raise UserError("too long")
+        return lengths.float()
+    book = ScoreBook(tmp_path / "scores.jsonl")
+    found = book.ask(judge, "judge", {}, [torch.ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
+    assert found[0] == 10 and str(found[1]) == "too long" and found[2] == 30 and len(book.known) == 2
+    assert book.ask(judge, "judge", {"weights": "other"}, [torch.ones(5)], ["a"]) == [5] and len(book.known) == 3
+
+
+def test_a_word_error_rate_is_heard_once_and_less_is_better(theirs, texts_file, tmp_path, monkeypatch):
+    @dataclass
+    class Counting:
+        "A made-up recogniser: half of the words of the first recording are wrong."
+        model: str = ""
+        device: str = "auto"
+        failures = 0
+
+        def __call__(self, audio, lengths, sample_rate, texts):
+            assert self.model == "whisper-folder" and self.device == "cpu"
+            return torch.tensor([0.5 if text == "One." else 0.0 for text in texts])
+
+    monkeypatch.setitem(REWARDS.entries, "wer", Counting)
+    config = EvaluateConfig(systems=(str(theirs),), texts=str(texts_file), metrics="dnsmos,wer", whisper="whisper-folder", device="cpu", out=str(tmp_path))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = compare_all(config)
+    assert result["measures"]["wer"]["better"] == "lower" and "wer_normalised" not in result["measures"] and "wer, %" in printed.getvalue()
+    assert result["measures"]["wer"]["systems"]["theirs"]["mean"] == 0.25 and "25.0" in printed.getvalue()
+    assert (tmp_path / "leaderboard.png").stat().st_size > 5000
+
+
+def test_human_recordings_are_a_row_and_doubles_are_numbered(theirs, texts_file, tmp_path):
+    twin = tmp_path / "theirs"
+    twin.mkdir()
+    shutil.copy(theirs / "0.wav", twin / "0.wav")
+    soundfile.write(twin / "1.wav", soundfile.read(theirs / "0.wav")[0][::-1], 22050)
+    done = evaluate(twin, theirs, "--ground-truth", twin, "--texts", texts_file, "--metrics", "dnsmos", "--test", "wilcoxon", "--no-level-normalised",
+                    "--heldout", 2, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(result["systems"]) == ["ground truth", "theirs", "theirs-2"] and result["reference"] == "theirs" and result["texts"] == 2
+    assert "dnsmos_normalised" not in result["measures"] and "Wilcoxon" in result["test"]
+    same = result["measures"]["dnsmos"]["systems"]["ground truth"]["against"]
+    assert same["difference"] == 0 and same["holm"] == 1 and same["cohens_d"] == 0
+
+
+def test_help_of_the_command_is_a_manual():
+    done = evaluate("--help")
+    assert done.returncode == 0
+    for word in ("examples:", "texts.txt", "Holm", "--texts", "--heldout", "--metrics", "--ground-truth", "--rollout-steps", "--spacing", "--seed", "--device",
+                 "--threads", "--nisqa-weights", "--utmos-weights", "--whisper", "--out", "--test"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], ["no system given"]),
+    (["{run}/nowhere"], ["nowhere", "folder of recordings"]),
+    (["{run}/config.json"], ["config.json"]),
+    (["{run}/checkpoints"], ["checkpoints", "no recordings"]),
+    (["tiny_base", "{run}/broken.safetensors"], ["broken.safetensors"]),
+    (["tiny_base", "--metrics", "mosquito"], ["mosquito", "dnsmos"]),
+    (["tiny_base", "--metrics", ","], ["names no judge"]),
+    (["tiny_base", "--texts", "{run}/none.txt"], ["none.txt"]),
+    (["tiny_base", "--heldout", "-1"], ["--heldout"]),
+    (["tiny_base", "--test", "anova"], ["anova"]),
+    (["tiny_base", "--metrics", "dnsmos", "--device", "abacus"], ["abacus"]),
+    (["tiny_base", "--metrics", "dnsmos", "--out", "{run}"], ["holds a run"]),
+    (["tiny_base", "--metrics", "dnsmos", "--ground-truth", "{run}/none"], ["--ground-truth"]),
+])
+def test_wrong_arguments_are_one_clear_sentence(flags, words, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (run / "broken.safetensors").write_bytes(b"not a checkpoint at all")
+    with pytest.raises((SystemExit, UserError)) as caught:
+        main([flag.format(run=run) for flag in flags])
+    told = str(caught.value) + capsys.readouterr().err
+    assert all(word in told for word in words), told
+
+
+def test_batches_are_spoken_whole_or_not_at_all(schedule):
+    heard = {}
+    whole = synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=2)
+    part = synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=2, skip={0, 3}, on_audio=heard.__setitem__)
+    assert [x is None for x in part] == [True, False, False, True] and set(heard) == {1, 2}
+    assert all(torch.equal(whole[i], heard[i]) for i in heard)
+
+
+def test_the_demo_recordings_are_judged_as_recorded(shared):
+    with open(shared / "data" / "dlpo_demo" / "scores.csv", newline="") as file:
+        reference = {(row["system"], row["utt"]): row for row in csv.DictReader(file)}
+    names = ["LJ001-0004", "LJ001-0079", "LJ001-0100", "LJ001-0105", "LJ001-0108", "LJ001-0119"]
+    ours = read_rows(ROOT / "results" / "dlpo_demo" / "evaluation.csv")
+    for system, rows_ in ours.items():
+        for row, name in zip(rows_, names, strict=True):
+            assert abs(row["nisqa"] - float(reference["gt" if system == "ground truth" else system, name]["nisqa_mos"])) < 1e-3
+    clips = [read_clip(shared / "data" / "dlpo_demo" / f"{name}_dlpo.flac")[0] for name in names[:2]]
+    again = ask(get_reward("dnsmos"), "dnsmos", clips, [""] * 2)
+    assert all(abs(a - row["dnsmos"]) < 1e-4 for a, row in zip(again, ours["dlpo"]))
