@@ -131,6 +131,7 @@ def _money(match):
     if scale:
         return f"{_number(amount)} {scale} {unit}s"
     whole, _, part = amount.replace(",", "").partition(".")
+    whole = whole or "0"  # $.25
     if len(part) not in (0, 2):
         return f"{_number(amount)} {unit}s"
     said = [_counted(whole, unit)] if int(whole) or not int(part or 0) else []

@@ -167,7 +167,7 @@ def test_random_formulas_give_weights_or_a_user_error():
         assert weights and all(math.isfinite(weight) for weight in weights.values()), formula
 
 
-@pytest.mark.parametrize("formula", ["mosnet", "wer", "0.8*dnsmos - 0.2*wer", "", " ", None, 3])
+@pytest.mark.parametrize("formula", ["mosnet", "clarity", "0.8*dnsmos - 0.2*clarity", "", " ", None, 3])
 def test_what_is_not_there_is_not_pretended(formula):
     with pytest.raises(UserError):
         get_reward(formula)

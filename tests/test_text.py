@@ -77,6 +77,7 @@ def test_phone_error_rate_on_published_lines(shared, capsys):
     ("Dr. Smith, 42!", "doctor smith, forty-two!"),
     ("It cost $3.50.", "it cost three dollars fifty cents."),
     ("£1, $0.01, €2.5 million", "one pound, one cent, two point five million euros"),
+    ("$.25 each", "twenty-five cents each"),
     ("At 7:45, 7:00, 7:05 and 19:30", "at seven forty-five, seven o'clock, seven oh five and nineteen thirty"),
     ("He left at 5 p.m.", "he left at five P M."),
     ("In 1999, 1905, 1900, 2005 and 1,999", "in nineteen ninety-nine, nineteen oh five, nineteen hundred, two thousand five and one thousand nine hundred ninety-nine"),

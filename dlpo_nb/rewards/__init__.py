@@ -6,5 +6,5 @@
 __all__ = []
 
 # %% ../../nbs/29_all_rewards.ipynb #784676ed
-from . import dnsmos, nisqa, utmos
+from . import dnsmos, nisqa, utmos, wer
 from .base import REWARDS, CombinedReward, Reward, get_reward

@@ -1,0 +1,227 @@
+"""The word error rate: the normaliser under odd input, edits by hand, a random Whisper that hears the same in any company, what is not there."""
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_whisper import save_tiny_whisper
+
+from dlpo_nb.audio import resample
+from dlpo_nb.core import UserError
+from dlpo_nb.data import load_corpus
+from dlpo_nb.rewards import get_reward
+from dlpo_nb.rewards import wer as module
+from dlpo_nb.rewards.wer import WER, count_edits, hear_by_pocketsphinx, load_whisper, pooled_wer, spoken_words
+
+RATE = 16000
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_whisper_named(monkeypatch):
+    monkeypatch.delenv("DLPO_WHISPER_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a Whisper of random weights that hears windows of 2 s."""
+    return save_tiny_whisper(tmp_path_factory.mktemp("whisper"), seconds=2)
+
+
+def voices(count, seed=0):
+    """Buzzing tones (N_i,) of 0.3 to 1.8 s at 16 kHz."""
+    draw, clips = random.Random(seed), []
+    for _ in range(count):
+        time = torch.arange(round(draw.uniform(0.3, 1.8) * RATE)) / RATE
+        clips.append(0.4 * torch.sin(2 * math.pi * draw.uniform(100, 900) * time + 3 * torch.sin(2 * math.pi * draw.uniform(2, 80) * time)))
+    return clips
+
+
+def score(reward, clips, texts, extra=0, padding=0.0, rate=RATE):
+    """Scores of clips given as one padded batch."""
+    lengths = torch.tensor([len(clip) for clip in clips])
+    audio = torch.full((len(clips), int(lengths.max()) + extra), padding)
+    for row, clip in zip(audio, clips):
+        row[: len(clip)] = clip
+    return reward(audio, lengths, rate, texts)
+
+
+# words and edits
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Don't!", "dont"), ("well-known", "well known"), ("In 1850", "in eighteen fifty"), ("1,200", "one thousand two hundred"), ("3rd", "third"),
+        ("O’Brien's", "obriens"), ("Dr. Lee", "doctor lee"), ("f. b. i.", "f b i"), ("FBI", "f b i"), ("Café", "cafe"), ("50%", "fifty percent"),
+        ("", ""), (" ?! ", ""), ("谢谢 thanks", "thanks"), ("\x00\ufffd\u0430", ""), ("a" * 5000, "a" * 5000),
+    ],
+)  # fmt: skip
+def test_words_of_a_text(text, words):
+    assert " ".join(spoken_words(text)) == words
+
+
+def test_no_transcript_breaks_the_normaliser():
+    draw = random.Random(0)
+    pieces = "0 1 25 1850 0.5 , . : - ' ’ % $ £ / a.m. Dr. St. I IV AM Mc x é ß æ ½ ² ؟ 谢 а \x00 \ufffd \U0001f600 \n st th s".split(" ")
+    for _ in range(3000):
+        text = "".join(draw.choices(pieces + [" ", " "], k=draw.randrange(12)))
+        words = spoken_words(text)
+        assert all(word.isascii() and word.isalpha() and word.islower() for word in words), text
+    assert len(spoken_words("1" * 2000)) == 2000
+
+
+def test_edits_by_hand():
+    assert count_edits("the cat sat", "the cat sat") == (0, 3)
+    assert count_edits("the cat sat", "a cat sat down") == (2, 3)
+    assert count_edits("the cat sat", "") == (3, 3)
+    assert count_edits("Go.", "to go on") == (2, 1)
+    assert pooled_wer(["Go.", "the cat sat on the mat"], ["to go on", "the cat sat on the mat"]) == pytest.approx(2 / 7)
+    for texts, heard in [(["", "a"], ["a", "a"]), (["a"], []), ([], []), (["?!"], [""])]:
+        with pytest.raises(UserError):
+            pooled_wer(texts, heard)
+
+
+def test_more_edits_than_words_are_the_bad_end(monkeypatch):
+    reward = WER("pocketsphinx")
+    reward.recognise = lambda clips: ["to go on", "", "go", "stop now"][: len(clips)]
+    clips = voices(4) + [torch.full((9000,), math.nan)]
+    assert score(reward, clips, ["Go."] * 5).tolist() == [1.0, 1.0, 0.0, 1.0, 1.0] and reward.failures == 1 and reward.worst == 1.0
+    assert reward.hear(clips, RATE)[-2:] == ["stop now", ""] and reward.hear([torch.zeros(10)], RATE) == [""]
+    with pytest.raises(UserError, match="no words"):
+        score(reward, voices(1), ["..."])
+
+
+def test_a_formula_pays_for_words_that_are_heard():
+    reward = get_reward("0.8*dnsmos - 0.2*wer", wer={"recogniser": "pocketsphinx"})
+    reward.rewards["wer"].recognise = lambda clips: ["one two", "three"]
+    clip = voices(1)[0]
+    right, wrong = score(reward, [clip, clip], ["one two", "one two"]).tolist()
+    assert right - wrong == pytest.approx(0.2) and reward.weights["wer"] == -0.2
+
+
+# Whisper
+
+
+@pytest.mark.parametrize("padding", [0.0, math.nan])
+def test_company_order_and_silence_behind_the_end_change_nothing(folder, padding):
+    clips = voices(16)
+    alone, together = WER(model=folder, batch_size=1, device="cpu"), WER(model=folder, batch_size=16, device="cpu")
+    heard = together.hear(clips, RATE)
+    assert alone.hear(clips, RATE) == heard and len(set(heard)) > 8
+    texts = [" ".join(spoken_words(x)[:2] + ["word"] * (i % 3 + 1)) for i, x in enumerate(heard)]
+    scores = score(together, clips, texts)
+    assert 0 < scores.unique().numel() and scores.min() < 1
+    assert torch.equal(score(alone, clips, texts, extra=7000, padding=padding), scores)
+    order = random.Random(1).sample(range(16), 16)
+    assert torch.equal(score(together, [clips[i] for i in order], [texts[i] for i in order]), scores[order])
+    assert torch.equal(torch.cat([score(together, [c], [t], extra=3000) for c, t in zip(clips, texts)]), scores)
+
+
+def test_whisper_is_resampled_pickled_and_bounded(folder):
+    reward = WER("whisper", str(folder), device="cpu")
+    clips = [resample(clip, RATE, 22050) for clip in voices(3)]
+    ready = [resample(clip.clamp(-1, 1), 22050, RATE).clamp(-1, 1) for clip in clips]
+    heard = reward.hear(clips, 22050)
+    assert heard == reward.recognise(ready) == pickle.loads(pickle.dumps(reward)).hear(clips, 22050)
+    with pytest.raises(UserError, match="at most 2 s, but one has 2.1 s"):
+        score(reward, [torch.zeros(round(2.1 * RATE))], ["a"])
+    assert reward.recognise([torch.zeros(2 * RATE)])
+    assert len(WER(model=folder, dtype="bfloat16", device="cpu").hear(clips, 22050)) == 3
+
+
+def test_whisper_gives_what_transformers_gives(folder):
+    processor, network = load_whisper(folder)
+    clips = voices(3)
+    features = processor.feature_extractor([clip.numpy() for clip in clips], sampling_rate=RATE, return_tensors="pt").input_features
+    tokens = network.generate(features, language="en", task="transcribe", max_new_tokens=16)
+    assert WER(model=folder, device="cpu").hear(clips, RATE) == processor.batch_decode(tokens, skip_special_tokens=True)
+
+
+def test_a_whisper_for_english_alone_is_not_told_the_language(tmp_path):
+    save_tiny_whisper(tmp_path, seconds=1, multilingual=False)
+    assert len(WER(model=tmp_path, device="cpu").hear([torch.ones(8000)], RATE)) == 1
+
+
+def test_weights_without_safetensors_are_read_and_code_is_not(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="hf download"):
+        load_whisper(tmp_path)
+    state = load_whisper(folder)[1].state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    same = load_whisper(tmp_path)[1].state_dict()
+    assert all(torch.equal(same[name], state[name]) for name in state)
+    torch.save({name: x for name, x in state.items() if "fc1" not in name}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a whole Whisper"):
+        load_whisper(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({**state, "evil": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hf download"):
+        load_whisper(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_is_not_there_is_said_in_one_sentence_and_never_fetched(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(module, "import_torchaudio", lambda: None)
+    seen = []
+    from transformers import WhisperForConditionalGeneration
+
+    monkeypatch.setattr(WhisperForConditionalGeneration, "from_pretrained", lambda name, **how: seen.append(how["local_files_only"]) or 1 / 0)
+    for options in ({}, {"download": True}):
+        with pytest.raises(UserError, match="no Whisper 'openai/whisper-tiny' could be read.*hf download") as error:
+            get_reward("wer", model="openai/whisper-tiny", **options)
+        assert "\n" not in str(error.value)
+    assert seen == [True, False]
+    for options in [{"recogniser": "ears"}, {"recogniser": "whisper"}, {"recogniser": "pocketsphinx", "model": folder}, {"ears": 2}]:
+        with pytest.raises(UserError):
+            get_reward("wer", **options)
+    for options in [{"dtype": "float8"}, {"batch_size": 0}, {"batch_size": True}, {"device": "cuda:99"}]:
+        with pytest.raises(UserError):
+            get_reward("wer", model=folder, **options)
+
+
+# which ears, and pocketsphinx
+
+
+def test_who_listens(folder, monkeypatch, capsys):
+    module._say_once.cache_clear()
+    assert get_reward("wer").recognise is hear_by_pocketsphinx and WER("pocketsphinx").recognise is hear_by_pocketsphinx
+    said = capsys.readouterr()
+    assert said.err.count("pocketsphinx") == 1 and said.err.count("\n") == 1 and not said.out
+    monkeypatch.setenv("DLPO_WHISPER_MODEL", str(folder))
+    assert isinstance(get_reward("wer", device="cpu").recognise, module.Whisper) and WER("pocketsphinx").recognise is hear_by_pocketsphinx
+    monkeypatch.delenv("DLPO_WHISPER_MODEL")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no Whisper was given.*pip install pocketsphinx"):
+        get_reward("wer")
+
+
+def test_pocketsphinx_hears_each_clip_as_if_it_were_the_first():
+    corpus = load_corpus(ROOT / "tests" / "data" / "corpus_tiny").items[:4]
+    clips, texts = [torch.from_numpy(item.audio / 32767.0).float() for item in corpus], [item.text for item in corpus]
+    reward = WER("pocketsphinx")
+    heard = reward.hear(clips, 22050)
+    assert pooled_wer(texts, heard) < 0.6
+    order = [2, 0, 3, 1]
+    assert reward.hear([clips[i] for i in order], 22050) == [heard[i] for i in order]
+    module._decoder.cache_clear()
+    assert reward.hear(clips[3:], 22050) == heard[3:]
+    assert torch.equal(score(reward, clips[1:2], texts[1:2], extra=9000, padding=math.nan, rate=22050), score(reward, clips[:2], texts[:2], rate=22050)[1:])
+
+
+def test_importing_loads_no_recogniser():
+    code = "import sys, dlpo_nb.rewards; print([m for m in ('jiwer', 'transformers', 'pocketsphinx') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
