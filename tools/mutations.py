@@ -32,7 +32,7 @@ MUTATIONS = [ # what is broken, file, line part, what it becomes
     ("weight of a random subset", "mdp.py", "(num_steps - 1) / int(count)", "1 / int(count)"),
     ("own sample in leave-one-out", "objectives/base.py", "centre(r, group_size) * n / (n - 1)", "centre(r, group_size)"),
     ("reward in released", "objectives/released.py", "return rewards.new_zeros(len(rewards))", "return rewards"),
-    ("RWR ignores its weights", "objectives/rwr.py", "policy=(w * d).mean()", "policy=d.mean()"),
+    ("RWR ignores its weights", "objectives/rwr.py", "policy=(replay.advantage * replay.denoising).mean()", "policy=replay.denoising.mean()"),
 ]
 
 
