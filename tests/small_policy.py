@@ -53,6 +53,7 @@ def quiet(audio, lengths, rate, texts):
 
 def make_tuner(model=None, reward=quiet, texts=TEXTS, corpus=None, **options):
     settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8) | options
+    settings.setdefault("micro_batch", settings["group_size"])
     settings.setdefault("dl_source", "sample" if settings.get("method", "dlpo") in ("dlpo", "onlydl") else "auto")
     return Finetuner(FinetuneConfig(**settings), model or spoken(make_model()), reward, texts, corpus)
 

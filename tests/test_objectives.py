@@ -26,7 +26,7 @@ from dlpo_nb import mdp
 from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.finetune import (FinetuneConfig, Gradients, baseline, collect, denoising_losses, drift, gather_gradients, load_state, log_ratios, make_signal,
-                              policy_pass, recordings, save_state, score_audio, step_kl, windowed_loss)
+                              policy_pass, recordings, save_state, score_audio, step_kl, text_indices, windowed_loss)
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
 from dlpo_nb.mdp import keyed_noise, replay, rollout, sample_mask, step_weight
 from dlpo_nb.objectives import Replay, TextBuffer, advantages, get_objective
@@ -635,7 +635,7 @@ def gathered(tuner, trajectories=None, rewards=None, e=0):
     """Gradients and statistics of the first pass over an episode's batch."""
     trajectories = collect(tuner, e) if trajectories is None else trajectories
     rewards = score_audio(tuner, trajectories) if rewards is None else rewards
-    signal = make_signal(tuner, rewards, trajectories, e).split([len(t.audio) for t in trajectories])
+    signal = make_signal(tuner, rewards, e)
     return gather_gradients(tuner, trajectories, signal, None, e, 0)[:2]
 
 
@@ -834,9 +834,9 @@ def test_rwr_in_the_loop():
 
 def test_released_in_the_loop():
     """30: whatever the rewards, the gradient is that of D on recordings, bit for bit; own speech is refused."""
-    tuner = make("released")
+    tuner = make("released", micro_batch=4)
     audio, hidden, frames, _ = recordings(tuner, "guidance", 0, 0, 0)
-    d = windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 3, (0, "guidance", 0, 0, 0, 0))
+    d = windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 3, (0, "guidance", 0, 0, 0))
     exact = by_hand(tuner, d.mean())
     for rewards in (normal(4), 1e6 * normal(4, seed=1)):
         found = gathered(tuner, rewards=rewards)[0]
@@ -893,8 +893,8 @@ def test_order_of_a_batch():
 def test_order_of_the_trajectories(method):
     """33 in the loop, with penalties."""
     tuner = stray(make(method, penalty_parts="direct") if method == "dlpo" else make(method))
-    t, rewards = collect(tuner, 0), normal(4).view(2, 2)
-    one, other = gathered(tuner, t, rewards.flatten())[0], gathered(tuner, t[::-1], rewards.flip(0).flatten())[0]
+    t, rewards = collect(tuner, 0), normal(4)
+    one, other = gathered(tuner, t, rewards)[0], gathered(tuner, t[::-1], rewards)[0]
     close(one.part("policy"), other.part("policy"))
     if method in ("dpok", "klinr"):
         close(one.part("penalty"), other.part("penalty"))
@@ -1044,24 +1044,20 @@ def test_clipped_samples_are_scored_as_they_were_made(kind):
         assert torch.equal(g != 0, ~outside & (sample_mask(t.frames, model.hop) > 0))
 
 
-@pytest.mark.parametrize("method", ["ddpo", "dpok", "klinr"])
+@pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_are_one_batch(method):
-    """44: the loop's micro-batch is a text's trajectory; their gradients add up to those of one padded batch."""
-    tuner = stray(make(method, batch_size=6))
-    apart, c = collect(tuner, 0), tuner.config
-    texts = [t.texts[0] for t in apart]
-    joint = rollout(tuner.model, tuner.schedule, texts, [text_to_ids(text) for text in texts], [3, 2, 1], (c.seed, "rollout", 0), [0, 1, 2], 2, c.fork)
-    assert len(set(joint.frames.tolist())) > 1
-    signal, found = advantages(normal(6), "group", 2), []
-    for trajectories in (apart, [joint]):
-        sizes, penalty, gradients = [len(t.audio) for t in trajectories], None, Gradients(tuner.parameters)
-        if method == "klinr":
-            penalty = baseline(tuner, log_ratios(tuner, trajectories)).split(sizes)
-        policy_pass(tuner, trajectories, signal.split(sizes), penalty, gradients)
-        found.append(gradients)
-    close(torch.cat([t.log_prob for t in apart], 1), joint.log_prob)
-    for part in ("policy",) if method == "ddpo" else ("policy", "penalty"):
-        close(found[0].part(part), found[1].part(part), 1e-10)
+    """44: texts of unequal length a pair at a time, in pairs of texts, and all at once: the same gradients and statistics."""
+    found = []
+    for size in (2, 4, 6):
+        tuner = stray(make(method, batch_size=6, micro_batch=size, guidance_steps=2))
+        trajectories = collect(tuner, 0)
+        assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len({n for t in trajectories for n in t.frames.tolist()}) > 1
+        found.append(gathered(tuner, trajectories, normal(6).abs()))
+    for gradients, stats in found[1:]:
+        assert gradients.parts.keys() == found[0][0].parts.keys()
+        for part in ("penalty",) if method == "onlydl" else gradients.parts: # its other part is 0 times the reward
+            close(found[0][0].part(part), gradients.part(part), 1e-10)
+        assert stats == pytest.approx(found[0][1], rel=1e-10)
 
 
 @pytest.mark.parametrize("method", ["dlpo", "klinr"])
@@ -1114,8 +1110,9 @@ def test_rewards_stay_with_their_rollouts():
     tuner.reward = lambda audio, lengths, rate, texts: torch.tensor([10.0 * TEXTS.index(text) + m for m, text in enumerate(texts)])
     t = collect(tuner, 0)
     rewards = score_audio(tuner, t)
-    assert rewards.tolist() == [10.0 * TEXTS.index(each.texts[0]) + m for each in t for m in range(2)] and len({each.texts[0] for each in t}) == 3
-    assert torch.equal(make_signal(tuner, rewards, t, 0), rewards)
+    assert rewards.tolist() == [10.0 * TEXTS.index(tuner.texts[i]) + m for i in text_indices(0, 3, 3, 0) for m in range(2)]
+    assert rewards[[row for each in t for row in each.rows]].tolist() == [10.0 * TEXTS.index(each.texts[0]) + m for each in t for m in range(2)]
+    assert torch.equal(make_signal(tuner, rewards, 0), rewards)
 
 
 # --- the loop on the chain -------------------------------------------------------------------------------------------

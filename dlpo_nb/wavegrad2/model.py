@@ -240,9 +240,11 @@ def duration_loss(
     durations: torch.Tensor, # (B, L) target, frames
     mask: torch.Tensor, # (B, L), symbols that count
     frame_rate: float = 73.5, # frames a second
-) -> torch.Tensor: # 0-d
+    reduction: str = "mean", # "mean" over all symbols, or "none": a mean for each item
+) -> torch.Tensor: # 0-d, or (B,)
     "Mean squared error of the durations in seconds, over the symbols."
-    return ((seconds - durations / frame_rate) ** 2 * mask).sum() / mask.sum()
+    dims = None if reduction == "mean" else 1
+    return ((seconds - durations / frame_rate) ** 2 * mask).sum(dims) / mask.sum(dims)
 
 # %% ../../nbs/08_wavegrad2.ipynb #2434f974
 def save_wavegrad2(
