@@ -183,6 +183,9 @@ def parse_formula(formula):
     return weights
 
 # %% ../../nbs/20_rewards.ipynb #82c5e714
+NORMALISATIONS = ("none", "z")
+
+
 class Moments:
     """Mean and standard deviation of the numbers seen so far."""
 
@@ -203,9 +206,6 @@ class Moments:
         return (values - self.mean) / (std if std > 1e-6 else 1.0)
 
 # %% ../../nbs/20_rewards.ipynb #89ffde37
-NORMALISATIONS = ("none", "z")
-
-
 class CombinedReward(Reward):
     """Weighted sum of rewards, called like each of them.
 
