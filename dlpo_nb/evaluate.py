@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'CAUTION', 'MANUAL', 'NISQA_WEIGHTS', 'WEIGHTS', 'LEVEL', '
            'verdict', 'ordered', 'drift_lines', 'format_table', 'write_rows', 'read_rows', 'EvaluateConfig',
            'judge_options', 'identity', 'find_judges', 'at_level', 'ask', 'ScoreBook', 'sound_keys', 'load_model',
            'speak', 'read_system', 'levelled_name', 'judge_system', 'choose_texts', 'choose_schedule', 'open_folder',
-           'measure_systems', 'measures_of', 'leaderboard_axes', 'evaluation_text', 'draw_evaluation',
+           'measure_systems', 'measures_of', 'leaderboard_axes', 'pooled_rates', 'evaluation_text', 'draw_evaluation',
            'write_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/50_evaluate.ipynb #0bdd5d9b
@@ -16,6 +16,7 @@ import csv
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import textwrap
@@ -34,6 +35,7 @@ from .core import RunDir, UserError, append_jsonl, asset, atomic_write, environm
 from .diffusion import NoiseSchedule
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
+from .rewards.wer import spoken_words
 from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
@@ -303,6 +305,7 @@ def judge_options(name, config):
         return {part: options for part in parse_formula(name) if (options := judge_options(part, config))}
     setting, option, _ = WEIGHTS.get(name, ("", "", ""))
     options = {option: value} if (value := getattr(config, setting, "")) else {}
+    options |= {"most": math.inf} if name == "wer" else {}  # a report cuts nothing
     kind = REWARDS.entries.get(name)
     return options | ({"device": config.device} if kind and "device" in inspect.signature(kind).parameters else {})
 
@@ -338,15 +341,15 @@ def at_level(audio, level=LEVEL):
 
 def ask(judge, name, audio, texts):
     "A judge's scores of a few utterances, float or, where it cannot hear one, a UserError."
-    before = getattr(judge, "failures", 0)
     try:
-        scores = _scores(judge, audio, texts)
-        refused = UserError(f"{name} cannot hear it: it is too short, or its score is no number") if getattr(judge, "failures", 0) > before else None
+        scores = _scores(judge, audio, texts, batch_size=len(audio))
     except UserError as error:
-        scores, refused = None, error
-    if refused is None or len(audio) == 1:
-        return [refused] if refused else scores
-    return [ask(judge, name, [x], [text])[0] for x, text in zip(audio, texts)]
+        if len(audio) == 1:
+            return [error]
+        return [ask(judge, name, [x], [text])[0] for x, text in zip(audio, texts)]
+    for failure in judge.last_failures:
+        scores[failure.index] = UserError(f"{name} cannot hear it: {failure.reason}")
+    return scores
 
 
 class ScoreBook:
@@ -533,11 +536,19 @@ def measures_of(judges, level_normalised):
     return plainly, levelled, SHORT
 
 # %% ../nbs/50_evaluate.ipynb #65a1a6fa
-def leaderboard_axes(judges):
-    "The first judge that is no word error rate, and what it is set against: wer, or else the next judge, or None."
-    first = next((name for name in judges if name != "wer"), None)
-    second = "wer" if "wer" in judges else next((name for name in judges if name != first), None)
+def leaderboard_axes(evaluation):
+    "The first judge of which more is better, and what it is set against: an error rate, or else the next judge, or None."
+    judges = evaluation["judges_asked"]
+    errors = [name for name in judges if evaluation["measures"][name]["better"] == "lower"]
+    first = next((name for name in judges if name not in errors), None)
+    second = next((name for name in [*errors, *judges] if name != first), None)
     return (first, second) if first and second else None
+
+
+def pooled_rates(rows):
+    "Word error rate over all words of the texts heard, a share, of each system that has one; in {system: rows}."
+    heard = {system: [(row["wer"], len(spoken_words(row["text"]))) for row in own if "wer" in row] for system, own in rows.items()}
+    return {system: sum(rate * words for rate, words in own) / sum(words for _, words in own) for system, own in heard.items() if own}
 
 
 def evaluation_text(evaluation):
@@ -545,6 +556,8 @@ def evaluation_text(evaluation):
     judged = evaluation["judges"]
     parts = [f"{evaluation['texts']} texts; mean ± standard deviation", table_of_means(evaluation)]
     parts += [table_against(evaluation, name) for name in judged]
+    if pooled := evaluation["pooled_wer"]:
+        parts += ["wer, % of all words of all texts: " + ", ".join(f"{system} {100 * rate:.1f}" for system, rate in pooled.items())]
     parts += ["\n".join(lines)] if (lines := contradictions(evaluation, judged)) else []
     failures = [f"  {f['system']}, text {f['index'] + 1} ({f['text'][:40]}): {f['reason']}" for f in evaluation["failures"]]
     parts += ["\n".join([f"{len(failures)} could not be judged:", *failures])] if failures else []
@@ -556,7 +569,7 @@ def draw_evaluation(evaluation, out):
     from matplotlib import pyplot as plt
 
     figures = {"bars.png": draw_bars(evaluation, evaluation["judges"])}
-    if axes := leaderboard_axes(evaluation["judges_asked"]):
+    if axes := leaderboard_axes(evaluation):
         figures["leaderboard.png"] = draw_leaderboard(evaluation, *axes)
     for name, figure in figures.items():
         with atomic_write(out / name) as path:
@@ -591,8 +604,9 @@ def evaluate(config) -> dict: # what evaluation.json holds
     out = open_folder(config, systems)
     rows, failures, changed = measure_systems(config, systems, texts, judges, out, schedule)
     plainly, levelled, neutral = measures_of(judges, config.level_normalised)
-    evaluation = compare_systems(rows, plainly | levelled | neutral, baseline(systems).name, config.test, neutral=neutral)
-    evaluation |= dict(judges=[*plainly, *levelled], judges_asked=list(plainly), failures=failures, notes=notes + changed,
+    lower = [key for name, judge in judges.items() if judge.lower_is_better for key in (name, levelled_name(name, judges))]
+    evaluation = compare_systems(rows, plainly | levelled | neutral, baseline(systems).name, config.test, lower, neutral)
+    evaluation |= dict(pooled_wer=pooled_rates(rows), judges=[*plainly, *levelled], judges_asked=list(plainly), failures=failures, notes=notes + changed,
                        systems={s.name: dict(kind=s.kind, role=s.role, path=s.path) for s in systems},
                        settings=asdict(config), environment=environment())
     write_evaluation(evaluation, rows, out)

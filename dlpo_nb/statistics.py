@@ -79,7 +79,7 @@ def compare_systems(
     measures, # dict of name in the rows -> label
     reference, # the system that the others are compared with
     test="t", # one of TESTS, for the corrected p
-    lower_is_better=("wer",),
+    lower_is_better=(), # measures of errors
     neutral=(), # what is neither good nor bad, such as the duration
 ) -> dict: # reference, test, texts, measures: name -> label, better, systems: name -> n, mean, sd, low, high, against
     "Each measurement of each system, and its difference from the reference with p, Holm-corrected over the systems."

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import evaluate as compare_all
 from dlpo_nb.evaluate import (EvaluateConfig, ScoreBook, ask, bootstrap_interval, compare, format_table, main, measure, ordered, read_rows, role, speak,
                               speaker_log_mels, synthesise_all, verdict, write_rows)
-from dlpo_nb.rewards import REWARDS, get_reward
+from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
 from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
@@ -308,10 +309,17 @@ def test_a_diverged_model_is_a_failure_not_a_crash(tmp_path):
 
 
 def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
-    def judge(audio, lengths, sample_rate, texts):
-        if (lengths > 1000).any():
-            raise UserError("too long")
-        return lengths.float()
+    class Judge(Reward):
+        min_seconds, name = 0.0, "judge"
+
+        def score_clips(self, clips, sample_rate, texts):
+            if any(len(clip) > 1000 for clip in clips):
+                raise UserError("too long")
+            return [math.nan if text == "odd" else len(clip) for clip, text in zip(clips, texts)]
+
+    judge = Judge()
+    _, odd, last = ask(judge, "judge", [torch.ones(5)] * 3, ["a", "odd", "b"])
+    assert str(odd) == "judge cannot hear it: its score is not finite" and last == 5
     book = ScoreBook(tmp_path / "scores.jsonl")
     found = book.ask(judge, "judge", {}, [torch.ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
     assert found[0] == 10 and str(found[1]) == "too long" and found[2] == 30 and len(book.known) == 2
@@ -320,22 +328,24 @@ def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
 
 def test_a_word_error_rate_is_heard_once_and_less_is_better(theirs, texts_file, tmp_path, monkeypatch):
     @dataclass
-    class Counting:
-        "A made-up recogniser: half of the words of the first recording are wrong."
+    class Counting(Reward):
+        "A made-up recogniser: for one word of the first recording it hears three others."
         model: str = ""
         device: str = "auto"
-        failures = 0
+        most: float = 1.0
+        lower_is_better = True
 
-        def __call__(self, audio, lengths, sample_rate, texts):
-            assert self.model == "whisper-folder" and self.device == "cpu"
-            return torch.tensor([0.5 if text == "One." else 0.0 for text in texts])
+        def score_clips(self, clips, sample_rate, texts):
+            assert self.model == "whisper-folder" and self.device == "cpu" and self.most == math.inf, "a report cuts nothing"
+            return [1.5 if text == "One." else 0.0 for text in texts]
 
     monkeypatch.setitem(REWARDS.entries, "wer", Counting)
     config = EvaluateConfig(systems=(str(theirs),), texts=str(texts_file), metrics="dnsmos,wer", whisper="whisper-folder", device="cpu", out=str(tmp_path))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = compare_all(config)
     assert result["measures"]["wer"]["better"] == "lower" and "wer_normalised" not in result["measures"] and "wer, %" in printed.getvalue()
-    assert result["measures"]["wer"]["systems"]["theirs"]["mean"] == 0.25 and "25.0" in printed.getvalue()
+    assert result["measures"]["wer"]["systems"]["theirs"]["mean"] == 0.75 and "75.0" in printed.getvalue()
+    assert result["pooled_wer"] == {"theirs": 0.75} and "of all words of all texts: theirs 75.0" in printed.getvalue()
     assert (tmp_path / "leaderboard.png").stat().st_size > 5000
 
 

@@ -16,7 +16,7 @@ import torch
 from dlpo_nb.audio import read_audio, resample
 from dlpo_nb.core import UserError
 from dlpo_nb.rewards import CombinedReward, Reward, get_reward
-from dlpo_nb.rewards.base import Moments, ScoringQueue, parse_formula
+from dlpo_nb.rewards.base import Moments, ScoringQueue, check_as_reward, parse_formula
 from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE, mel_filters, windows
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 
@@ -95,6 +95,7 @@ def test_full_scale_is_clipped_before_and_after_resampling():
         dict(sample_rate=True),
         dict(texts="ab"),
         dict(texts=["a"]),
+        dict(texts=["a", None]),
     ],
 )
 def test_mistakes_of_the_caller_are_user_errors(change):
@@ -262,6 +263,29 @@ def test_components_are_means_over_all_calls_since_they_were_asked_for():
     for mean, scores in zip(found.values(), zip(*parts)):
         assert mean == pytest.approx(torch.cat(scores).mean().item(), abs=1e-6)
     assert reward.pop_components() == {}
+
+
+def test_a_run_is_not_paid_for_errors():
+    class Errors(Loudest):
+        name, lower_is_better = "errors", True
+
+    both = lambda weight: CombinedReward({"a": 1.0, "errors": weight}, {"a": Loudest(), "errors": Errors()})
+    for fine in (Loudest(), both(-0.5), both(0.0), CombinedReward({"errors": -1.0}, {"errors": Errors()})):
+        check_as_reward(fine)
+        assert not fine.lower_is_better
+    for wrong in (Errors(), both(0.5), CombinedReward({"errors": 2.0}, {"errors": Errors()}, "z")):
+        with pytest.raises(UserError, match="pay for more errors.*--reward=-errors or --reward 'dnsmos - 0.5[*]errors'"):
+            check_as_reward(wrong)
+    assert get_reward("-wer", wer={"recogniser": "pocketsphinx"}).weights == {"wer": -1.0}
+    with pytest.raises(UserError, match="more wer"):
+        check_as_reward(get_reward("wer", recogniser="pocketsphinx"))
+
+
+def test_what_lasts_longer_than_a_minute_is_no_utterance():
+    reward, book = DNSMOS(), torch.zeros(40 * 60 * 8000)
+    clip = voice(0.5, 8000)
+    assert torch.equal(score(reward, clip, book, rate=8000), torch.tensor([score(DNSMOS(), clip, rate=8000).item(), 1.0]))
+    assert [(f.index, f.reason) for f in reward.last_failures] == [(1, "2400 s is longer than the 60 s that dnsmos takes")]
 
 
 def test_normalise_is_known_to_get_reward():
@@ -500,6 +524,13 @@ def test_nisqa_details_are_five_and_the_first_is_the_score(home, random_weights)
 
 def test_nisqa_does_not_hear_neighbours_padding_or_order(home, random_weights):
     check_invariance(NISQA(weights=random_weights), [voice(0.2 + 0.05 * i, seed=i) for i in range(16)])
+
+
+def test_nisqa_is_as_exact_where_the_caller_is_under_autocast(home, random_weights):
+    reward, clip = NISQA(weights=random_weights), voice(0.6)
+    scores = score(reward, clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(score(reward, clip), scores)
 
 
 def test_nisqa_raw_and_normalised_stand_side_by_side(home, random_weights):

@@ -94,8 +94,10 @@ def test_more_edits_than_words_are_the_bad_end(monkeypatch):
     clips = voices(4) + [torch.full((9000,), math.nan)]
     assert score(reward, clips, ["Go."] * 5).tolist() == [1.0, 1.0, 0.0, 1.0, 1.0] and reward.failures == 1 and reward.worst == 1.0
     assert reward.hear(clips, RATE)[-2:] == ["stop now", ""] and reward.hear([torch.zeros(10)], RATE) == [""]
-    with pytest.raises(UserError, match="no words"):
-        score(reward, voices(1), ["..."])
+    assert score(reward, voices(3), ["...", "", "stop now"]).tolist()[:2] == [1.0, 1.0] and reward.failures == 3
+    assert [(f.index, "no words" in f.reason) for f in reward.last_failures] == [(0, True), (1, True)], "the third is scored"
+    reward.most = math.inf  # as reports ask for
+    assert score(reward, voices(1), ["Go."]).tolist() == [2.0]
 
 
 def test_a_formula_pays_for_words_that_are_heard():
@@ -130,8 +132,11 @@ def test_whisper_is_resampled_pickled_and_bounded(folder):
     ready = [resample(clip.clamp(-1, 1), 22050, RATE).clamp(-1, 1) for clip in clips]
     heard = reward.hear(clips, 22050)
     assert heard == reward.recognise(ready) == pickle.loads(pickle.dumps(reward)).hear(clips, 22050)
+    found = score(reward, [*clips[:1], torch.zeros(round(2.1 * 22050))], ["a", "b"], rate=22050)
+    assert [(f.index, f.reason) for f in reward.last_failures] == [(1, "2.1 s is longer than the 2 s that wer takes")]
+    assert found[1] == 1.0 and torch.equal(found[:1], score(reward, clips[:1], ["a"], rate=22050))
     with pytest.raises(UserError, match="at most 2 s, but one has 2.1 s"):
-        score(reward, [torch.zeros(round(2.1 * RATE))], ["a"])
+        reward.recognise([torch.zeros(round(2.1 * RATE))])
     assert reward.recognise([torch.zeros(2 * RATE)])
     assert len(WER(model=folder, dtype="bfloat16", device="cpu").hear(clips, 22050)) == 3
 

@@ -20,7 +20,7 @@ import torch
 
 from ..audio import import_torchaudio, resample
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward
+from .base import REWARDS, Reward, unusable
 from ..text import normalise
 
 # %% ../../nbs/24_wer.ipynb #4665af41
@@ -163,6 +163,8 @@ class Whisper:
         self.device, self.dtype, self.batch_size = pick_device(device), DTYPES[dtype], batch_size
         self.processor, network = load_whisper(model, download)
         self.network = network.to(self.device, self.dtype)
+        extractor = self.processor.feature_extractor
+        self.max_seconds = extractor.n_samples / extractor.sampling_rate
         self.options = dict(max_new_tokens=network.config.max_target_positions // 2, num_beams=1, do_sample=False)
         if hasattr(network.generation_config, "lang_to_id"):  # a model for English alone takes neither
             self.options |= dict(language="en", task="transcribe")
@@ -171,8 +173,8 @@ class Whisper:
         """Log-mel window (1, bands, frames) of one clip."""
         extractor = self.processor.feature_extractor
         if len(clip) > extractor.n_samples:
-            most, seconds = extractor.n_samples / extractor.sampling_rate, len(clip) / extractor.sampling_rate
-            raise UserError(f"this Whisper hears clips of at most {most:g} s, but one has {seconds:.1f} s; split its text into sentences")
+            seconds = len(clip) / extractor.sampling_rate
+            raise UserError(f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {seconds:.1f} s; split its text into sentences")
         return extractor(clip.numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
 
     @torch.no_grad()
@@ -206,24 +208,30 @@ class WER(Reward):
     """Word error rate of each utterance, from 0 (all words heard) to 1; less is better, so a formula gives it a negative weight.
 
     recogniser: "whisper", "pocketsphinx", or None: Whisper where `model` (folder or hub name) or DLPO_WHISPER_MODEL names one, else
-    pocketsphinx, which only shows a collapse. device, dtype, batch_size, download: of `Whisper`. Called as every `Reward`;
-    more edits than words count as 1. UserError for texts without words and, with Whisper, clips of more than 30 s.
+    pocketsphinx, which only shows a collapse. device, dtype, batch_size, download: of `Whisper`. most: more edits a word count
+    as this. Called as every `Reward`; texts without words and, with Whisper, clips of more than 30 s cannot be scored.
     """
 
     name = "wer"
     sample_rate = 16000
-    worst = 1.0  # no word was heard; the most this reward gives
+    worst = 1.0  # no word was heard
+    lower_is_better = True
 
-    def __init__(self, recogniser=None, model=None, device="auto", dtype="float32", batch_size=16, download=False):
+    def __init__(self, recogniser=None, model=None, device="auto", dtype="float32", batch_size=16, download=False, most=1.0):
         self.recognise = pick_recogniser(recogniser, model, device=device, dtype=dtype, batch_size=batch_size, download=download)
+        self.max_seconds = min(self.max_seconds, getattr(self.recognise, "max_seconds", self.max_seconds))
+        self.most = most
+
+    def refuses(self, text):
+        return None if spoken_words(text) else "its text has no words, so no share of them can be wrong"
 
     def score_clips(self, clips, sample_rate, texts):
         counts = [count_edits(text, heard) for text, heard in zip(texts, self.recognise(clips))]
-        return [min(edits / words, 1.0) for edits, words in counts]
+        return [min(edits / words, self.most) for edits, words in counts]
 
     def hear(self, clips, sample_rate):
         """What is heard in each clip (N_i,) at sample_rate Hz: a list of str for `pooled_wer`; "" for what cannot be scored."""
-        usable = [i for i, clip in enumerate(clips) if len(clip) >= self.min_seconds * sample_rate and bool(clip.isfinite().all())]
+        usable = [i for i, clip in enumerate(clips) if unusable(clip, sample_rate, "any", self) is None]
         ready = [resample(clips[i].detach().float().cpu().clamp(-1, 1), sample_rate, self.sample_rate).clamp(-1, 1) for i in usable]
         heard = dict(zip(usable, self.recognise(ready) if ready else []))
         return [heard.get(i, "") for i in range(len(clips))]
