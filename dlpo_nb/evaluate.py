@@ -256,10 +256,12 @@ than 60 s, below 16 kHz, nan) is listed with its reason; the others are judged.
 
 Every judge in --metrics that is not there (unknown, or without its weights) is left out with one sentence.
 MOS judges hear each utterance twice: as it is, and at -26 dBFS RMS, since some of them pay for loudness.
+wer is an error rate, less is better: by utterance in the tests, and over all words of all texts in a line of its own.
 The others are compared with the first base, or else with the first SYSTEM: differences with 95 % bootstrap intervals
 over texts, a paired t-test (or --test wilcoxon), Holm's correction over the systems, Cohen's d of the pairs.
 
-Into --out go evaluation.csv (a row an utterance), evaluation.json, table.txt, bars.png, leaderboard.png, and what is
+Into --out go evaluation.csv (a row an utterance), evaluation.json, table.txt, bars.png (the paper's figure 2(a)),
+leaderboard.png (the first judge of --metrics against wer, where reward hacking has a corner of its own), and what is
 not made again when the same --out is named again: audio/ (spoken texts) and scores.jsonl (scores; delete it to judge
 anew). An evaluation that was interrupted goes on like this, and one that is finished takes further systems and judges.
 

@@ -105,8 +105,8 @@ def contradictions(
     names, # measurements that judge
     level=0.05, # of the corrected p
 ) -> list: # a sentence for each system of which one judge thinks better and another worse than of the reference
-    "Where a score was bought with another one: reward hacking, or judges that hear different things."
-    lines, systems = [], dict.fromkeys(s for name in names for s in result["measures"][name]["systems"])
+    "Where a score was bought with another one: reward hacking, or judges that hear different things; a human buys nothing."
+    lines, systems = [], dict.fromkeys(s for name in names for s in result["measures"][name]["systems"] if s != "ground truth")
     for s in systems:
         better, worse = [], []
         for name in names:
@@ -183,22 +183,27 @@ def colours_of(result):
 
 
 def draw_bars(result, names):
-    "A figure with a panel for each measurement in `names`: mean with standard deviation of each system."
+    "The paper's figure 2(a): a panel for each of `names`, mean and sd of each system; a star where it differs from the reference."
     import matplotlib.pyplot as plt
 
-    colours = colours_of(result)
-    figure, axes = plt.subplots(1, len(names), figsize=(1.2 + 2.6 * len(names), 3), dpi=80, squeeze=False, layout="constrained")
-    for ax, name in zip(axes[0], names):
+    colours, columns, rows = colours_of(result), min(4, len(names)), math.ceil(len(names) / 4)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.2 + 2.6 * columns, 3 * rows), dpi=80, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names):
         m = result["measures"][name]
         have = [s for s, v in m["systems"].items() if v["n"]]
         for s in have:
             v = m["systems"][s]
             sd = shown(m, v["sd"]) if math.isfinite(v["sd"] or 0) else 0 # one text has none
-            ax.bar(s, shown(m, v["mean"]), yerr=sd or 0, color=colours[s], capsize=3, ecolor="0.4")
+            bar = ax.bar(s, shown(m, v["mean"]), yerr=sd or 0, color=colours[s], capsize=3, ecolor="0.4")
+            holm_p = v.get("against", {}).get("holm")
+            if holm_p is not None and holm_p < 0.05:
+                ax.bar_label(bar, ["*"])
         ax.set_title(m["label"], fontsize=9)
         ax.set_xticks(range(len(have)), have, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("mean, standard deviation")
+    figure.supylabel(f"mean and standard deviation; * p < 0.05 against {result['reference']}, after Holm", fontsize=9)
     return figure
 
 # %% ../nbs/49_statistics.ipynb #59ad8a42

@@ -225,7 +225,8 @@ def _expand_capitals(text):
     # the stops of U.S. or J. F. K. are no pauses
     text = re.sub(r"\b(?:[A-Za-z]\.\s?){2,}", lambda m: " ".join(re.sub(r"[^A-Za-z]", "", m[0]).upper()) + " ", text)
     text = re.sub(r"\b([A-Z])\.(?=\s+[A-Z])", r"\1", text)
-    text = re.sub(r"\b([A-Z]{2,})('?s)?\b", _capitals, text)
+    text = re.sub(r"\b[A-Z]+'(?!S\b)[A-Z]+\b", lambda m: m[0].lower() if m[0].lower() in _dictionary() else m[0], text)  # DON'T
+    text = re.sub(r"\b([A-Z]{2,})('?s|'S)?\b", _capitals, text)
     return re.sub(r"[A-Za-z']+", _small, text)
 
 # %% ../nbs/02_text.ipynb #4d3fad47

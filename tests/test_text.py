@@ -91,6 +91,7 @@ def test_phone_error_rate_on_published_lines(shared, capsys):
     ("Plan A, I am a man", "plan A, i am a man"),
     ("GO AWAY NOW", "go away now"),
     ("The XQZ and NASA", "the X Q Z and nasa"),
+    ("I DON'T", "i don't"), ("WE'RE off to NASA'S", "we're off to nasa's"), ("O'BRIEN, the BBC'S man", "o'brien, the B B c's man"),
 ])
 def test_normalise(text, words):
     assert normalise(text) == words
