@@ -3,6 +3,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,20 @@ def test_weights_without_safetensors_are_read_and_code_is_not(folder, tmp_path):
     with pytest.raises(UserError, match="hf download"):
         load_whisper(tmp_path)
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda to: (to / "tokenizer.json").unlink(), "lacks its tokenizer"),
+    (lambda to: (to / "model.safetensors").write_bytes((to / "model.safetensors").read_bytes()[:5000]), "could be read"),
+    (lambda to: (to / "model.safetensors").write_bytes(b"<!DOCTYPE html>"), "could be read"),
+    (lambda to: (to / "config.json").write_text('{"model_type": "bert"}'), "could be read"),
+])  # fmt: skip
+def test_a_damaged_whisper_is_refused_in_one_sentence(folder, tmp_path, damage, words):
+    shutil.copytree(folder, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    with pytest.raises(UserError, match=f"{words}.*hf download") as error:
+        get_reward("wer", model=str(tmp_path / "damaged"))
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_not_there_is_said_in_one_sentence_and_never_fetched(tmp_path, folder, monkeypatch):

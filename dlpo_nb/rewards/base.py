@@ -61,13 +61,13 @@ def unusable(clip, sample_rate, text, reward):
     return reward.refuses(text) if bool(clip.isfinite().all()) else "the audio is not finite"
 
 # %% ../../nbs/20_rewards.ipynb #b1084da2
-def without_autocast():
-    """A context in which no device casts by itself: half the digits of a score are not worth the time they save."""
-    stack = contextlib.ExitStack()
-    for kind in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(kind):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
+def without_autocast(function, *arguments):
+    """What function(*arguments) gives where no device casts by itself: half the digits of a score are not worth the time they save."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return function(*arguments)
 
 # %% ../../nbs/20_rewards.ipynb #75bd38be
 class Summand:
@@ -110,11 +110,9 @@ class Reward(Summand):
     `last_failures` tell of it. The scorer computes in its own precision, also where the caller is under autocast.
     """
 
-    name = "reward"  # as in the registry
-    sample_rate = None  # Hz of the clips `score_clips` is given; None: the caller's
+    name, sample_rate = "reward", None  # as in the registry; Hz of the clips `score_clips` is given, None: the caller's
     min_seconds, max_seconds = 0.02, LONGEST  # shorter or longer clips cannot be scored
-    worst = 0.0  # score of what cannot be scored: the bad end of the scale
-    lower_is_better = False  # True for an error rate; `check_as_reward` keeps a run from being paid for it
+    worst, lower_is_better = 0.0, False  # score of what cannot be scored: the bad end of the scale; whether that is the high end
     dimensions = ()  # names of all the scores, where the judge gives several
     failures, last_failures = 0, ()  # could not be scored: how many since the reward was made; in the last call, list of Failure
 
@@ -142,8 +140,7 @@ class Reward(Summand):
         scores, rate = torch.full((len(clips), width), math.nan), self.sample_rate or sample_rate
         if usable:
             heard = [resample(clips[i].clamp(-1, 1), sample_rate, rate).clamp(-1, 1) for i in usable]
-            with without_autocast():
-                found = method(heard, rate, [texts[i] for i in usable])
+            found = without_autocast(method, heard, rate, [texts[i] for i in usable])
             scores[usable] = torch.as_tensor(found, dtype=torch.float32, device="cpu").reshape(len(usable), width)
         failed = (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
         self.last_failures = [Failure(i, reasons[i] or "its score is not finite", texts[i]) for i in failed]

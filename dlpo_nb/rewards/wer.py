@@ -139,7 +139,9 @@ def load_whisper(model, download=False):
     except Exception as error:  # files, names, bytes, pickles or shapes that do not fit: many kinds, one meaning
         where = "in the local cache of the hub" if not download and not folder.is_dir() else "there"
         raise UserError(f"no Whisper {source!r} could be read {where}; {WHISPER_HELP}") from error
-    settings = network.generation_config
+    settings, spelled = network.generation_config, processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True)
+    if spelled != "a word":  # without its files a tokenizer is made that knows no word: whatever is heard would be silence
+        raise UserError(f"the Whisper {source!r} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt); {WHISPER_HELP}")
     if info["missing_keys"] or getattr(settings, "is_multilingual", None) is not False and not hasattr(settings, "lang_to_id"):
         raise UserError(f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}")
     return processor, network.eval().requires_grad_(False)
