@@ -221,6 +221,12 @@ class Moments:
         std = math.sqrt(self.squares / self.count) if self.count else 0.0
         return (values - self.mean) / (std if std > 1e-6 else 1.0)
 
+    def follow(self, values, failed, warmup):
+        """The same, after taking in those that have not failed (n,), as long as there were fewer than `warmup`."""
+        if self.count < warmup:
+            self.update(values[~failed])
+        return self.z(values)
+
 # %% ../../nbs/20_rewards.ipynb #89ffde37
 class CombinedReward(Reward):
     """Weighted sum of rewards, called like each of them.
@@ -262,16 +268,9 @@ class CombinedReward(Reward):
         self.components = dict(zip(self.rewards, parts.unbind(1), strict=True))
         self.sums = {name: total + float(self.components[name].sum()) for name, total in self.sums.items()}
         self.summed += len(parts)
-        scaled = {name: self.scale(name, self.components[name], broken) for name, broken in zip(self.rewards, failed.unbind(1))}
+        broken = dict(zip(self.rewards, failed.unbind(1)))
+        scaled = self.components | {name: m.follow(self.components[name], broken[name], self.warmup) for name, m in self.moments.items()}
         return sum(self.weights[name] * scores for name, scores in scaled.items())
-
-    def scale(self, name, scores, failed):
-        """Scores (B,) of a part as they enter the sum; taken into its statistics as long as there are fewer than `warmup`."""
-        if name not in self.moments:
-            return scores
-        if self.moments[name].count < self.warmup:
-            self.moments[name].update(scores[~failed])
-        return self.moments[name].z(scores)
 
     def pop_components(self):
         """Means of the parts, as they are, since the last call of this: {"reward/NAME": mean}; {} where nothing was scored."""
