@@ -13,6 +13,7 @@ __all__ = ['BETAS', 'SHIPPED', 'POLICY_GRADIENT', 'OPTIONS', 'CHOICES', 'AT_LEAS
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
+import io
 import math
 import time
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from .core import UserError, atomic_write, keyed_generator
 from .data import collate
 from .diffusion import NoiseSchedule
-from .distributed import add_up, gather, gather_rows, share, world_size
+from .distributed import add_up, fail_together, gather, gather_rows, rank, share, world_size
 from .mdp import draw_steps, keyed_noise, only, replay, rollout, sample_mask, score, step_weight
 from .objectives import OBJECTIVES, Loss, Replay, TextBuffer, advantages, get_objective
 from .objectives.base import CLIP_RANGES, KL_FORMS, centre, check_advantage, kl_divergence
@@ -319,7 +320,7 @@ def score_audio(tuner, trajectories, queue=None): # -> (batch,) float32
     if not rewards.isfinite().all():
         texts = {row: text for rows, said in gather((places(trajectories), [x for t in trajectories for x in t.texts])) for row, text in zip(rows, said)}
         unheard = texts[int((~rewards.isfinite()).nonzero()[0])]
-        raise UserError(f"the reward of '{unheard}' is not finite; look at the last samples, lower --learning-rate, or mend the reward.")
+        fail_together(f"the reward of '{unheard}' is not finite; look at the last samples, lower --learning-rate, or mend the reward.")
     return rewards
 
 
@@ -522,7 +523,7 @@ def update(tuner, trajectories, signal, e):
         gradients.assign()
         norm = torch.nn.utils.clip_grad_norm_(tuner.parameters, c.max_grad_norm)
         if not torch.isfinite(norm):
-            raise UserError(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
+            fail_together(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
         if first is None:
             watched = {} if "diffusion_loss" in stats else recorded_loss(tuner, e)
             first = stats | watched | {"kl": kl_to_reference(tuner, trajectories), "grad_norm": float(norm), **gradients.norms()}
@@ -571,8 +572,10 @@ def drift(tuner, texts: list) -> dict:
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
     "Write the state of a run atomically."
+    written = io.BytesIO() # torch's own writer says of a full disk only that something was unexpected
+    torch.save(tuner.state_dict(), written)
     with atomic_write(path) as temporary:
-        torch.save(tuner.state_dict(), temporary)
+        temporary.write_bytes(written.getbuffer())
 
 
 def load_state(tuner, path):
@@ -591,7 +594,7 @@ def load_state(tuner, path):
 def finetune(tuner, on_episode=None, progress=True):
     "Run the episodes that are left, calling on_episode(metrics) after each."
     total = tuner.config.episodes
-    bar = tqdm(total=total, initial=tuner.next_episode, disable=not progress, unit="episode", desc=tuner.config.method)
+    bar = tqdm(total=total, initial=tuner.next_episode, disable=not progress or rank() > 0, unit="episode", desc=tuner.config.method)
     with bar:
         while tuner.next_episode < total:
             metrics = tuner.episode()
