@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOP', 'FRAME_RATE', 'VOICE', 'INSTALL', 'SPEAK', 'FINAL_PAUSE', 'SECONDS_A_TEXT', 'scheme_string', 'check_festival',
-           'arpabet', 'cut', 'read_utterance', 'speak_texts', 'CorpusConfig', 'make_corpus', 'fragments', 'Item',
-           'Corpus', 'load_corpus', 'collate', 'bucketed_batches', 'main']
+           'arpabet', 'cut', 'read_utterance', 'keep_utterance', 'speak_texts', 'CorpusConfig', 'make_corpus',
+           'fragments', 'Item', 'Corpus', 'load_corpus', 'collate', 'bucketed_batches', 'main']
 
 # %% ../nbs/03_data.ipynb #85fd3e97
 import itertools
@@ -123,8 +123,8 @@ def _run_festival(names, texts, folder):
     return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"festival ended with exit status {run.returncode}"
 
 
-def _keep(out, name, text, audio, phones, frames):
-    "Writes the audio of an utterance; returns its line of the manifest."
+def keep_utterance(out, name, text, audio, phones, frames):
+    "Writes OUT/audio/NAME.flac, audio (samples,) int16 at 22.05 kHz; returns the line of the manifest, a dict."
     path = out / "audio" / f"{name}.flac"
     try:
         soundfile.write(path, audio, SAMPLE_RATE)
@@ -156,7 +156,7 @@ def speak_texts(
                 except (ValueError, soundfile.SoundFileError) as error:
                     results.append((name, text, str(error)))
                 else:
-                    results.append(_keep(out, name, text, *spoken))
+                    results.append(keep_utterance(out, name, text, *spoken))
         if ready and not (stop and stop.is_set()):
             name, text, _ = ready.pop(0)
             results.append((name, text, complaint))
