@@ -1,0 +1,330 @@
+"""LJSpeech: the split, TextGrids, alignment, frames, and a command that meets broken folders, interruptions and odd settings."""
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from dlpo_nb import ljspeech as lj
+from dlpo_nb.core import UserError, asset, read_jsonl
+from dlpo_nb.data import load_corpus
+from dlpo_nb.ljspeech import Alignment, LJSpeechConfig, compare_alignments, make_ljspeech, read_textgrid, to_frames
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def reader(shared):
+    folder = shared / "data" / "ljspeech"
+    if not folder.is_dir():
+        pytest.skip("LJSpeech's texts, clips and alignments are not here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alignments(reader):
+    "id -> MFA's alignment, of all 13,100 clips."
+    with gzip.open(reader / "alignments.jsonl.gz", "rt") as file:
+        rows = map(json.loads, file)
+        return {row["id"]: Alignment(row["phones"], np.array([0, *row["ends_cs"]]) / 100) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    "Four short packaged recordings."
+    return load_corpus(asset("speech_train"))[:4].items
+
+
+def raw_folder(path, spoken, names=None):
+    "A folder in the shape of LJSpeech."
+    (path / "wavs").mkdir(parents=True)
+    names = names or [f"LJ001-{i:04d}" for i in range(1, len(spoken) + 1)]
+    for name, item in zip(names, spoken):
+        soundfile.write(path / "wavs" / f"{name}.wav", item.audio // 2, 22050)
+    (path / "metadata.csv").write_text("".join(f"{name}|{item.text}|{item.text}\n" for name, item in zip(names, spoken)), encoding="utf-8")
+    return path
+
+
+def manifest(out, part="train"):
+    path = out / part / "manifest.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+
+def textgrid(alignment, form="short", tier="phones"):
+    rows = list(zip(alignment.bounds, alignment.bounds[1:], alignment.phones))
+    end = alignment.bounds[-1]
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n'
+    if form == "short":
+        body = "\n".join(f'{a}\n{b}\n"{phone}"' for a, b, phone in rows)
+        return head + f'0\n{end}\n<exists>\n2\n"IntervalTier"\n"words"\n0\n{end}\n1\n0\n{end}\n"he said ""1 2"""\n"IntervalTier"\n"{tier}"\n0\n{end}\n{len(rows)}\n{body}\n'
+    body = "".join(f'        intervals [{i}]:\n            xmin = {a} \n            xmax = {b} \n            text = "{phone}" \n' for i, (a, b, phone) in enumerate(rows, 1))
+    def tier_head(i, name, size):
+        return f'    item [{i}]:\n        class = "IntervalTier" \n        name = "{name}" \n        xmin = 0 \n        xmax = {end} \n        intervals: size = {size} \n'
+    words = tier_head(1, "words", 1) + f'        intervals [1]:\n            xmin = 0 \n            xmax = {end} \n            text = "he said ""1 2""" \n'
+    return head + f"xmin = 0 \nxmax = {end} \ntiers? <exists> \nsize = 2 \nitem []: \n{words}{tier_head(2, tier, len(rows))}{body}"
+
+
+HELLO = Alignment(["sil", "HH", "AY1", "", "HH", "AH0", "sp"], np.array([0, 0.1, 0.2, 0.33, 0.4, 0.5, 0.61, 0.7]))
+
+
+# the split
+
+def test_split_lists():
+    val, test = lj.split_ids("val"), lj.split_ids("test")
+    assert (len(val), len(test), len(val & test)) == (512, 200, 0)
+    assert {part: lj.fingerprint(lj.split_ids(part)) for part in ("val", "test")} == {part: lj.SPLIT_SHA256[part] for part in ("val", "test")}
+    assert {lj.part_of(name) for name in val} == {"val"} and {lj.part_of(name) for name in test} == {"test"}
+    assert not test & {f"LJ001-{i:04d}" for i in range(1, 33)}
+
+
+def test_split_of_all_ids(reader):
+    ids = [name for name, _ in lj.read_metadata(reader)[0]]
+    val = [line.split("|")[0] for line in (reader / "val.txt").read_text(encoding="utf-8").splitlines()]
+    assert lj.split_ids("val") == set(val) and lj.split_ids("test") == set(lj.choose_test(ids, val))
+    train = [name for name in ids if lj.part_of(name) == "train"]
+    assert len(ids) == 13_100 and len(train) == 12_388 and lj.fingerprint(train) == lj.SPLIT_SHA256["train"]
+
+
+# TextGrids
+
+@pytest.mark.parametrize("form", ["short", "long"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("tier", ["phones", "LJ - phones"])
+def test_textgrid(tmp_path, form, encoding, tier):
+    path = tmp_path / "a.TextGrid"
+    path.write_text(textgrid(HELLO, form, tier), encoding=encoding)
+    read = read_textgrid(path)
+    assert read.phones == HELLO.phones and np.array_equal(read.bounds, HELLO.bounds)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "ends too early"), ("hello", "ends too early"), (textgrid(HELLO, tier="syllables"), "no tier phones; its tiers are: words, syllables"),
+    (textgrid(HELLO)[:-60], "ends too early"), (textgrid(HELLO).replace("TextGrid", "Pitch"), "no TextGrid"),
+    (textgrid(HELLO).replace('0.33\n"AY1"', '0.31\n"AY1"'), "leave gaps"),
+    (textgrid(HELLO).replace("<exists>\n2", "<exists>\nx"), "cannot read"),
+])
+def test_broken_textgrids(tmp_path, text, message):
+    path = tmp_path / "a.TextGrid"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_textgrid(path)
+    with pytest.raises(UserError, match="No such file"):
+        read_textgrid(tmp_path / "none.TextGrid")
+
+
+# frames
+
+def test_frames():
+    audio = np.arange(1, 22051, dtype=np.int16)
+    speech, phones, frames = to_frames(audio, HELLO)
+    assert phones == ["HH", "AY1", "sp", "HH", "AH0"]
+    assert frames == np.diff(np.round(np.array([0.1, 0.2, 0.33, 0.4, 0.5, 0.61]) * 73.5)).astype(int).tolist()
+    assert speech[0] == int(22050 * 0.1) + 1 and len(speech) == 300 * sum(frames)
+    end = int(22050 * 0.61) - int(22050 * 0.1)
+    assert np.array_equal(speech[: min(end, len(speech))], audio[2205:][: min(end, len(speech))]) and not speech[end:].any()
+
+
+def test_halves_are_rounded_to_even():
+    # 1 s and 3 s are 73.5 and 220.5 frames
+    _, _, frames = to_frames(np.ones(22050 * 4, np.int16), Alignment(["sp", "HH", "AY1"], np.array([0, 1, 3, 3.5])))
+    assert frames == [220 - 74, 257 - 220]
+
+
+@pytest.mark.parametrize("alignment, message", [
+    (Alignment(["sil", "", "spn"], np.array([0, 0.1, 0.2, 0.3])), "nothing but silence"),
+    (Alignment(["HH", "AY1"], np.array([0, 0.5, 2])), "ends at 2.00 s, the recording at 1.00 s"),
+    (Alignment(["HH", "AY1"], np.array([0, 0.001, 0.002])), "less than a frame"),
+    (Alignment(["HH", "ʃ"], np.array([0, 0.1, 0.3])), "not a phone of the model"),
+])
+def test_alignments_that_cannot_be_used(alignment, message):
+    with pytest.raises(UserError, match=message):
+        to_frames(np.ones(22050, np.int16), alignment)
+
+
+def test_cut_gives_the_released_phones(reader, alignments):
+    count = 0
+    for part in ("train.txt", "val.txt"):
+        for line in (reader / part).read_text(encoding="utf-8").splitlines():
+            name, _, phones, _ = line.split("|")
+            assert lj.cut_silence(alignments[name]).phones == phones.strip("{}").split(), name
+            count += 1
+    assert count == 13_100
+
+
+def test_textgrids_of_the_reader(reader, alignments, tmp_path):
+    name, grids = "LJ001-0013", tmp_path / "grids" / "LJSpeech"
+    grids.mkdir(parents=True)
+    (grids / f"{name}.TextGrid").write_text(textgrid(alignments[name], "long"))
+    report = make_ljspeech(LJSpeechConfig(reader, tmp_path / "c", textgrids=tmp_path / "grids", limit=13), progress=False)
+    assert report["failures"] == {"alignment": 12} and report["aligner"] == "MFA's TextGrids"
+    item = load_corpus(tmp_path / "c" / "train")[0]
+    wave, _ = soundfile.read(reader / "wavs" / f"{name}.flac")
+    phones, bounds = lj.cut_silence(alignments[name])
+    assert item.phones == phones and item.frames == np.diff(np.round(bounds * 73.5)).astype(int).tolist()
+    expected = np.round(wave / np.abs(wave).max() * 32767)[int(22050 * bounds[0]) : int(22050 * bounds[-1])]
+    both = min(len(expected), item.samples)
+    assert abs(len(expected) - item.samples) <= 300 and np.abs(item.audio[:both] - expected[:both]).max() <= 1
+
+
+# alignment
+
+def test_festival_is_found_where_it_spoke(spoken):
+    aligner, off = lj.process_aligner(0.0), []
+    for item in spoken:
+        truth = Alignment(item.phones, np.cumsum([0, *item.frames]) / 73.5)
+        differences, share = compare_alignments(aligner(item.audio, item.text), truth)
+        assert share > 0.9
+        off += differences[1:, 0].tolist()
+    assert np.median(np.abs(off)) < 0.015 and np.quantile(np.abs(off), 0.9) < 0.04
+
+
+def test_alignment_against_mfa(reader, alignments):
+    texts, aligner = dict(lj.read_metadata(reader)[0]), lj.process_aligner()
+    off, shares = [], []
+    for name in [f"LJ001-{i:04d}" for i in (2, 8, 13, 4, 6, 11)]:
+        differences, share = compare_alignments(aligner(lj.read_recording(reader, name), texts[name]), alignments[name])
+        off += differences[:, 0].tolist()
+        shares.append(share)
+    assert np.mean(shares) > 0.95 and np.median(np.abs(off)) <= 0.0101 and np.quantile(np.abs(off), 0.9) <= 0.0301
+
+
+def test_an_alignment_does_not_depend_on_those_before(spoken):
+    fresh, used = lj.Aligner(), lj.process_aligner()
+    for item in spoken[:3]:
+        used(item.audio, item.text)
+    a, b = fresh(spoken[3].audio, spoken[3].text), used(spoken[3].audio, spoken[3].text)
+    assert a.phones == b.phones and np.array_equal(a.bounds, b.bounds)
+
+
+def test_words_that_are_not_in_the_sound(spoken):
+    aligner, item = lj.process_aligner(), spoken[0]
+    for audio, text in [(item.audio, "Far too many words for so short a recording, " * 4), (item.audio[:400], "Hello there."), (item.audio[:30], "Hello.")]:
+        with pytest.raises(UserError, match="not found in"):
+            aligner(audio, text)
+    with pytest.raises(UserError, match="nothing to speak"):
+        aligner(item.audio, "?!")
+    found = aligner(item.audio, item.text)  # and the next one is as it was
+    assert lj.bare(lj.cut_silence(found).phones) and found.bounds[0] == 0 and (np.diff(found.bounds) >= 0).all()
+
+
+# the command
+
+def test_broken_clips_are_reported_and_skipped(spoken, tmp_path):
+    raw = raw_folder(tmp_path / "raw", spoken)
+    (raw / "wavs" / "LJ001-0002.wav").write_bytes(b"RIFF")
+    (raw / "wavs" / "LJ001-0003.wav").unlink()
+    soundfile.write(raw / "wavs" / "LJ001-0005.wav", np.zeros(9000), 22050)
+    soundfile.write(raw / "wavs" / "LJ001-0006.wav", np.ones(9000), 16000)
+    soundfile.write(raw / "wavs" / "LJ001-0007.wav", spoken[0].audio, 22050)
+    extra = ["LJ001-0005|a|a", "LJ001-0006|a|a", "LJ001-0007|x|" + "far too many words " * 9, "LJ001-0009", "a|b", "../x|a|a", "LJ001-0001|a|a", "", "LJ001-0010|a|"]
+    with open(raw / "metadata.csv", "a") as file:
+        file.write("\n".join(extra) + "\n")
+    report = make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
+    assert report["failures"] == {"metadata": 6, "recording": 4, "alignment": 1} and report["train"]["utterances"] == 2
+    failures = {row[0]: row[1:] for row in (line.split("\t") for line in (tmp_path / "c" / "failures.txt").read_text().splitlines())}
+    assert "missing" in failures["LJ001-0003"][1] and "silent" in failures["LJ001-0005"][1] and "16000" in failures["LJ001-0006"][1]
+    assert failures["LJ001-0007"][0] == "alignment" and "second time" in failures["line 11"][1]
+    corpus = load_corpus(tmp_path / "c" / "train")
+    assert [item.id for item in corpus] == ["LJ001-0001", "LJ001-0004"] and [item.text for item in corpus] == [spoken[0].text, spoken[3].text]
+    assert json.loads((tmp_path / "c" / "report.json").read_text()) == report
+
+
+def test_parts_go_to_their_folders(spoken, tmp_path):
+    names = ["LJ001-0001", sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]]
+    report = make_ljspeech(LJSpeechConfig(raw_folder(tmp_path / "raw", spoken[:3], names), tmp_path / "c"), progress=False)
+    assert [report[part]["utterances"] for part in lj.PARTS] == [1, 1, 1] and report["failures"] == {}
+    for part, name, item in zip(lj.PARTS, names, spoken):
+        made = load_corpus(tmp_path / "c" / part)[0]
+        # peak normalisation: the file had half of full scale
+        assert made.id == name and np.abs(made.audio.astype(int)).max() > 0.9 * np.abs(item.audio.astype(int)).max()
+
+
+def test_goes_on_after_an_interruption(spoken, tmp_path, monkeypatch):
+    raw = raw_folder(tmp_path / "raw", spoken)
+    make_ljspeech(LJSpeechConfig(raw, tmp_path / "whole"), progress=False)
+    real, seen = lj.make_clip, []
+
+    def interrupted(task):
+        seen.append(task.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(task)
+
+    config = LJSpeechConfig(raw, tmp_path / "c")
+    monkeypatch.setattr(lj, "make_clip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_ljspeech(config, progress=False)
+    path = tmp_path / "c" / "train" / "manifest.jsonl"
+    assert len(manifest(tmp_path / "c")) == 2
+    path.write_bytes(path.read_bytes() + b'{"id": "LJ00')  # killed while writing
+    first = (tmp_path / "c" / "train" / "audio" / "LJ001-0001.flac").stat().st_mtime_ns
+    report = make_ljspeech(config, progress=False)
+    assert seen == [f"LJ001-{i:04d}" for i in (1, 2, 3, 3, 4)] and report["train"]["utterances"] == 4
+    assert path.read_bytes() == (tmp_path / "whole" / "train" / "manifest.jsonl").read_bytes()
+    assert (tmp_path / "c" / "train" / "audio" / "LJ001-0001.flac").stat().st_mtime_ns == first
+
+
+def test_a_finished_corpus_is_not_mixed_with_another(spoken, tmp_path):
+    raw, out = raw_folder(tmp_path / "raw", spoken[:2]), tmp_path / "c"
+    make_ljspeech(LJSpeechConfig(raw, out), progress=False)
+    with pytest.raises(UserError, match="--lag 0.02, now it would be pocketsphinx with --lag 0;"):
+        make_ljspeech(LJSpeechConfig(raw, out, lag=0.0), progress=False)
+    (raw / "metadata.csv").write_text("LJ001-0001|a|another text\n")
+    with pytest.raises(UserError, match="other texts"):
+        make_ljspeech(LJSpeechConfig(raw, out), progress=False)
+
+
+def test_workers_change_nothing(spoken, tmp_path):
+    raw = raw_folder(tmp_path / "raw", spoken)
+    for workers in (1, 2):
+        make_ljspeech(LJSpeechConfig(raw, tmp_path / f"c{workers}", workers=workers), progress=False)
+    assert manifest(tmp_path / "c1") == manifest(tmp_path / "c2") and len(manifest(tmp_path / "c1")) == 4
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(raw="none"), "metadata.csv"), (dict(out="file"), "choose another"), (dict(workers=0), "counts"), (dict(limit=0), "counts"), (dict(textgrids="raw"), "no .TextGrid files"),
+])
+def test_bad_settings(spoken, tmp_path, change, message):
+    raw_folder(tmp_path / "raw", spoken[:1])
+    (tmp_path / "file").write_text("")
+    change = {name: tmp_path / value if isinstance(value, str) else value for name, value in change.items()}
+    with pytest.raises(UserError, match=message):
+        make_ljspeech(LJSpeechConfig(**{**dict(raw=tmp_path / "raw", out=tmp_path / "c"), **change}), progress=False)
+
+
+def test_nothing_usable_is_an_error(spoken, tmp_path):
+    raw = raw_folder(tmp_path / "raw", spoken[:1])
+    (raw / "wavs" / "LJ001-0001.wav").unlink()
+    with pytest.raises(UserError, match="none of the clips.*missing"):
+        make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
+    (raw / "metadata.csv").write_text("no bars\n")
+    with pytest.raises(UserError, match="no line of the form"):
+        make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
+    (raw / "metadata.csv").write_bytes(b"\xff\xfe\xfa|")
+    with pytest.raises(UserError, match="UTF-8"):
+        make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
+
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_from_raw_folder_to_an_epoch(reader, tmp_path):
+    made = run("dlpo_nb.ljspeech", str(reader), str(tmp_path / "c"), "--limit", "4")
+    assert made.returncode == 0 and made.stdout.startswith("train: 4 utterances (0.01 h), val: 0"), made.stderr
+    flags = "--arch tiny --steps 2 --batch-size 2 --window-frames 16 --held-out 1 --log-every 2 --sample-every 0".split()
+    trained = run("dlpo_nb.pretrain", "--corpus", str(tmp_path / "c" / "train"), "--out", str(tmp_path / "run"), *flags)
+    assert trained.returncode == 0, trained.stderr
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["step"] == 2 and torch.isfinite(torch.tensor(row["loss"])) and (tmp_path / "run" / "base.safetensors").exists()
+
+
+def test_command_line_says_what_is_wrong(tmp_path):
+    done = run("dlpo_nb.ljspeech", str(tmp_path), str(tmp_path / "c"))
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and "Traceback" not in done.stderr
