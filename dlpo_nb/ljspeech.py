@@ -15,8 +15,10 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -345,9 +347,16 @@ def plan(config):
     return [Task(name, text, config.raw, config.out, grids.get(name), config.lag) for name, text in todo], done, failures
 
 # %% ../nbs/03b_ljspeech.ipynb #bfbf6ab6
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
     torch.set_num_threads(1)
+    # a worker whose main process was killed would wait for work for ever
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 @contextmanager

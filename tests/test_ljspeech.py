@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,20 @@ def test_nothing_usable_is_an_error(spoken, tmp_path):
 
 def run(*words):
     return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_killed_and_started_again(spoken, tmp_path):
+    raw, out = raw_folder(tmp_path / "raw", spoken * 3, [f"LJ001-{i:04d}" for i in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)]), tmp_path / "c"
+    words = [sys.executable, "-m", "dlpo_nb.ljspeech", str(raw), str(out)]
+    job = subprocess.Popen([*words, "--workers", "2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while job.poll() is None and not (out / "train" / "manifest.jsonl").exists():
+        time.sleep(0.02)
+    job.kill()
+    # the pipe ends when the workers, which hold it too, have ended
+    job.communicate(timeout=60)
+    kept = manifest(out)
+    make_ljspeech(LJSpeechConfig(raw, out), progress=False)
+    assert kept and manifest(out)[: len(kept)] == kept and [row["id"] for row in manifest(out)] == sorted(path.stem for path in (raw / "wavs").iterdir())
 
 
 def test_from_raw_folder_to_an_epoch(reader, tmp_path):
