@@ -40,7 +40,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/dlpo_demo"))
-    parser.add_argument("--metrics", default="dnsmos,nisqa")
+    parser.add_argument("--metrics", default="dnsmos,nisqa,wer")
     args = parser.parse_args()
     out = args.out.resolve()
     with tempfile.TemporaryDirectory() as folder:
