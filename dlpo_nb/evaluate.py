@@ -562,7 +562,8 @@ def evaluation_text(evaluation):
         parts += ["wer, % of all words of all texts: " + ", ".join(f"{system} {100 * rate:.1f}" for system, rate in pooled.items())]
     parts += ["\n".join(lines)] if (lines := contradictions(evaluation, judged)) else []
     failures = [f"  {f['system']}, text {f['index'] + 1} ({f['text'][:40]}): {f['reason']}" for f in evaluation["failures"]]
-    parts += ["\n".join([f"{len(failures)} could not be judged:", *failures])] if failures else []
+    broken = {(f["system"], f["index"]) for f in evaluation["failures"]}
+    parts += ["\n".join([f"{len(broken)} could not be judged, or not by every judge:", *failures])] if failures else []
     return "\n\n".join(parts + (["\n".join(evaluation["notes"])] if evaluation["notes"] else []))
 
 

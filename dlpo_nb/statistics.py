@@ -139,7 +139,7 @@ def table_of_means(result, columns=5):
         for s in systems:
             cells = [(m, m["systems"][s]) for m in part]
             lines.append(f"{s[:17]:<18}" + "".join(
-                f"{number(shown(m, v['mean']), '.2f') + ' ± ' + number(shown(m, v['sd']), '.2f') if v['n'] else '-':>16}" for m, v in cells))
+                f" {number(shown(m, v['mean']), '.2f') + ' ± ' + number(shown(m, v['sd']), '.2f') if v['n'] else '-':>15}" for m, v in cells))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -203,7 +203,7 @@ def draw_bars(result, names):
         ax.set_title(m["label"], fontsize=9)
         ax.set_xticks(range(len(have)), have, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.supylabel(f"mean and standard deviation; * p < 0.05 against {result['reference']}, after Holm", fontsize=9)
+    figure.supylabel(f"mean, standard deviation\n* p < 0.05 against {result['reference']}, Holm", fontsize=8)
     return figure
 
 # %% ../nbs/49_statistics.ipynb #59ad8a42
