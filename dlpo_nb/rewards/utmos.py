@@ -172,6 +172,16 @@ class UTMOS(Reward):
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 16)
         self.network = load_utmos(path, self.device, DTYPES[dtype])
 
+    @classmethod
+    def untrained(cls, device="auto"):
+        """One with random weights: it costs what the real one costs, and its scores mean nothing."""
+        torch.manual_seed(0)
+        self = cls.__new__(cls)
+        self.device = pick_device(device)
+        self.batch_size = 1 if self.device.type == "cpu" else 16
+        self.network = UTMOS22().to(self.device).eval().requires_grad_(False)
+        return self
+
     @torch.no_grad()
     def score_clips(self, clips, sample_rate, texts):
         scores = torch.zeros(len(clips))

@@ -1,0 +1,62 @@
+"""What test_distributed runs in one process and, under torchrun, in two: gradients and updates of every method. python shared_work.py OUT"""
+import sys
+
+import torch
+from small_policy import TEXTS, TINY, ConvPolicy, make_corpus, make_model, make_tuner, spoken
+
+from dlpo_nb.checkpoints import heldout_reward
+from dlpo_nb.distributed import join, leave, rank
+from dlpo_nb.finetune import SHIPPED, collect, gather_gradients, make_signal, score_audio
+from dlpo_nb.rewards.base import CombinedReward, Reward
+
+MORE = [*TEXTS, "It is late.", "We walked along the river.", "Yes."]
+
+
+class Loud(Reward):
+    name, min_seconds = "loud", 0.0
+
+    def score_clips(self, clips, sample_rate, texts):
+        return [float(clip.abs().mean()) for clip in clips]
+
+
+class Long(Reward):
+    name, min_seconds = "long", 0.0
+
+    def score_clips(self, clips, sample_rate, texts):
+        return [len(clip) / sample_rate for clip in clips]
+
+
+def reward():
+    return CombinedReward({"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z")
+
+
+def tuner_of(method, exact):
+    model = ConvPolicy() if exact else spoken(make_model(config=TINY))
+    options = dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6) if method in ("ddpo", "klinr") else dict(batch_size=6, micro_batch=4)
+    tuner = make_tuner(model, reward(), MORE, make_corpus(model.hop), method=method, dl_source="auto", guidance_steps=2, learning_rate=1e-3,
+                       **options)
+    with torch.no_grad(): # off the reference, so that the penalties have gradients
+        for p in tuner.parameters:
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)).to(p)
+    return tuner
+
+
+def look(method, exact):
+    tuner = tuner_of(method, exact)
+    trajectories = collect(tuner, 0)
+    signal = make_signal(tuner, score_audio(tuner, trajectories), 0).to(tuner.device)
+    gradients = gather_gradients(tuner, trajectories, signal, None, 0, 0)[0]
+    found = {f"gradient/{part}": gradients.part(part) for part in ("policy", "penalty")}
+    tuner = tuner_of(method, exact)
+    found["log"] = [{k: v for k, v in tuner.episode().items() if "seconds" not in k} for _ in range(3)]
+    found["weights"] = torch.cat([p.detach().flatten() for p in tuner.parameters])
+    found["heldout"] = heldout_reward(tuner, MORE)
+    return found
+
+
+if __name__ == "__main__":
+    join("cpu")
+    found = {(method, exact): look(method, exact) for method in SHIPPED for exact in (True, False)}
+    if rank() == 0:
+        torch.save(found, sys.argv[1])
+    leave()

@@ -1,0 +1,92 @@
+"""Two processes are one: the same gradients, updates and log, for every method; and a run that loses a process goes on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlpo_nb.finetune import SHIPPED
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What shared_work finds in one process and in two."""
+    folder, found = tmp_path_factory.mktemp("ranks"), []
+    for name, how in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *how, HERE / "shared_work.py", folder / name], capture_output=True, text=True, timeout=600, env=environment)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(folder / name, weights_only=True))
+    return found
+
+
+def close(one, two, tolerance):
+    assert one.shape == two.shape and float((one - two).norm()) <= tolerance * float(one.norm())
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
+@pytest.mark.parametrize("method", SHIPPED)
+def test_gradients_and_updates(method, exact, both):
+    one, two = (found[method, exact] for found in both)
+    for part in ("gradient/policy", "gradient/penalty"):
+        close(one[part], two[part], 1e-10 if exact else 1e-5)
+    assert one["gradient/policy" if method not in ("onlydl", "released") else "gradient/penalty"].any()
+    close(one["weights"], two["weights"], 1e-10 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_the_log_is_that_of_the_whole_batch(method, both):
+    one, two = (found[method, True] for found in both)
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert list(a) == list(b) and a == pytest.approx(b, rel=1e-6, abs=1e-9)
+    assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-6) and set(one["heldout"]) == {"reward/heldout", "reward/heldout/loud", "reward/heldout/long"}
+
+
+FLAGS = ["--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node", "2", "--device", "cpu"]
+
+
+def launch(*flags, **options):
+    return subprocess.Popen([sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def workers(parent):
+    """Process numbers of the ranks that a launch has started."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+    return [int(pid) for pid, above in (line.split() for line in listed.splitlines()) if int(above) == parent]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes with ps")
+def test_a_lost_process_is_started_again(tmp_path):
+    out = tmp_path / "run"
+    job = launch("--episodes", 3, "--out", out, "--max-restarts", 1, *FLAGS)
+    deadline = time.monotonic() + 200
+    while not (out / "checkpoints" / "state-000001.pt").exists():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.05)
+    os.kill(workers(job.pid)[-1], signal.SIGKILL)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+
+
+def test_one_sentence_from_many_processes(tmp_path):
+    job = launch("--episodes", 1, "--base-checkpoint", tmp_path / "none.safetensors", "--out", tmp_path / "run", *FLAGS)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 2 and said.count("none.safetensors") == 1 and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--nproc-per-node", "8"], ["4 texts for 8 processes"]), (["--nnodes", "2"], ["--rdzv-endpoint", "--out"]), (["--nproc-per-node", "0"], ["at least 1"]),
+])
+def test_processes_that_make_no_sense(flags, words):
+    job = launch(*flags)
+    _, said = job.communicate(timeout=200)
+    assert job.returncode == 2 and all(word in said for word in words) and "Traceback" not in said
