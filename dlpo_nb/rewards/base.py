@@ -10,6 +10,7 @@ __all__ = ['LONGEST', 'REWARDS', 'TOKEN', 'NORMALISATIONS', 'check_batch', 'Fail
 # %% ../../nbs/20_rewards.ipynb #79a0c12b
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import math
 import re
@@ -61,13 +62,18 @@ def unusable(clip, sample_rate, text, reward):
     return reward.refuses(text) if bool(clip.isfinite().all()) else "the audio is not finite"
 
 # %% ../../nbs/20_rewards.ipynb #b1084da2
-def without_autocast(function, *arguments):
-    """What function(*arguments) gives where no device casts by itself: half the digits of a score are not worth the time they save."""
-    with contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        return function(*arguments)
+def without_autocast(function):
+    """Decorator: no device casts by itself while `function` runs; half the digits of a score are not worth the time they save."""
+
+    @functools.wraps(function)
+    def exact(*arguments):
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*arguments)
+
+    return exact
 
 # %% ../../nbs/20_rewards.ipynb #75bd38be
 class Summand:
@@ -131,6 +137,7 @@ class Reward(Summand):
         return self.score_with(self.score_clips, 1, audio, lengths, sample_rate, texts)[:, 0]
 
     @torch.no_grad()
+    @without_autocast
     def score_with(self, method, width, audio, lengths, sample_rate, texts):
         """Scores (B, width) by `method`, called as `score_clips` on the usable clips; counts and lists the others."""
         check_batch(audio, lengths, sample_rate, texts)
@@ -140,8 +147,7 @@ class Reward(Summand):
         scores, rate = torch.full((len(clips), width), math.nan), self.sample_rate or sample_rate
         if usable:
             heard = [resample(clips[i].clamp(-1, 1), sample_rate, rate).clamp(-1, 1) for i in usable]
-            found = without_autocast(method, heard, rate, [texts[i] for i in usable])
-            scores[usable] = torch.as_tensor(found, dtype=torch.float32, device="cpu").reshape(len(usable), width)
+            scores[usable] = torch.as_tensor(method(heard, rate, [texts[i] for i in usable]), dtype=torch.float32, device="cpu").reshape(-1, width)
         failed = (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
         self.last_failures = [Failure(i, reasons[i] or "its score is not finite", texts[i]) for i in failed]
         self.failures += len(failed)

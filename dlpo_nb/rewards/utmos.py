@@ -150,7 +150,7 @@ class UTMOS(Reward):
     """UTMOS22-strong, a mean opinion score of about 1 to 5, not clamped (Saeki et al., Interspeech 2022), heard at 16 kHz.
 
     weights: path of the released file, .pt or .safetensors; without it `find_utmos_weights()`. device: auto, cpu, cuda, cuda:0.
-    dtype: float32, bfloat16 (a GPU's, off by up to about 0.01) or float64. batch_size: utterances of equal length that go
+    dtype: float32, bfloat16 (a GPU's, off by up to about 0.02) or float64. batch_size: utterances of equal length that go
     through together; default 1 on a CPU, 16 on a GPU. Called as every `Reward`. UserError saying what to get without weights.
     """
 

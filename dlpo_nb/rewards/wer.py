@@ -20,7 +20,7 @@ import torch
 
 from ..audio import import_torchaudio, resample
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward, unusable
+from .base import REWARDS, Reward, unusable, without_autocast
 from ..text import normalise
 
 # %% ../../nbs/24_wer.ipynb #4665af41
@@ -231,6 +231,7 @@ class WER(Reward):
         counts = [count_edits(text, heard) for text, heard in zip(texts, self.recognise(clips))]
         return [min(edits / words, self.most) for edits, words in counts]
 
+    @without_autocast
     def hear(self, clips, sample_rate):
         """What is heard in each clip (N_i,) at sample_rate Hz: a list of str for `pooled_wer`; "" for what cannot be scored."""
         usable = [i for i, clip in enumerate(clips) if unusable(clip, sample_rate, "any", self) is None]
