@@ -90,7 +90,10 @@ def join(device: str = "auto") -> torch.device:
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+        store, number, count = next(dist.rendezvous("env://"))
+        # torchrun keeps the store when it starts processes again, and with it the addresses of the dead
+        alive = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", store=alive, rank=number, world_size=count)
     return found
 
 

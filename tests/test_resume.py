@@ -1,0 +1,168 @@
+"""Killed at any moment and resumed, a run ends as if nothing had happened: the same bits in every file, and each episode once in the log."""
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from shared_work import MORE, reward
+from small_policy import TINY, make_model, spoken
+
+from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranking, save_last, states
+from dlpo_nb.core import UserError, read_jsonl
+from dlpo_nb.finetune import Finetuner
+from dlpo_nb.launch import LaunchConfig, begin, train
+from dlpo_nb.wavegrad2.model import read_safetensors
+
+EPISODES = 6
+SETTINGS = dict(method="klinr", reward="loud - 0.5*long", normalise="z", episodes=EPISODES, batch_size=6, group_size=2, micro_batch=4, fork=3, rollout_steps=6,
+                guidance_frames=8, advantage="buffer", buffer_min_count=3, buffer_size=6, learning_rate=1e-3, watch_every=2, watch_texts=3)
+
+
+def settings(out):
+    config = LaunchConfig(**SETTINGS, out=str(out), resume=(Path(out) / "config.json").exists()).resolved()
+    config.check()
+    return config
+
+
+def run(out, replacements=None):
+    """A whole run into `out`, or the rest of one; with `replacements` it kills itself when so many files are about to be moved into place."""
+    torch.set_num_threads(1)
+    config, move = settings(out), os.replace
+
+    def counted(*paths):
+        counted.left -= 1
+        if counted.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        move(*paths)
+
+    if replacements:
+        counted.left, os.replace = replacements, counted
+    tuner = Finetuner(config, spoken(make_model(config=TINY)), reward(), MORE)
+    train(tuner, begin("tiny", config, tuner), config, ["Snow.", "The bell rings.", "No."])
+
+
+def started(*arguments):
+    """A process of its own with everything imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dlpo_nb.launch"])
+    process = context.Process(target=run, args=arguments)
+    process.start()
+    return process
+
+
+def left_behind(out):
+    """All that must not depend on where the run was interrupted."""
+    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(out / "metrics.jsonl")]
+    files = {path.name: read(path) for path in (out / "checkpoints").iterdir() if path.suffix != ".tmp"}
+    return rows, files
+
+
+def read(path):
+    """Every number in a file, as something that can be compared; the order of a .safetensors' notes is drawn by lot."""
+    if path.suffix == ".safetensors":
+        tensors, notes = read_safetensors(path)
+        return notes, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out, start = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
+    process = started(out)
+    process.join(300)
+    assert process.exitcode == 0
+    return left_behind(out), time.monotonic() - start
+
+
+def test_killed_at_random(whole, tmp_path):
+    """Again and again, in rollouts, scoring, updates and writing, until it has been killed at least ten times."""
+    (rows, files), duration = whole
+    assert [row["episode"] for row in rows] == list(range(EPISODES)) and sum("reward/heldout" in row for row in rows) == EPISODES // 2
+    draw, kills, runs = random.Random(0), 0, 0
+    while kills < 10:
+        out = tmp_path / f"run{(runs := runs + 1)}"
+        while True:
+            process = started(out)
+            process.join(draw.uniform(0, 0.9 * duration) if kills < 30 else 300)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        assert process.exitcode == 0 and left_behind(out) == (rows, files)
+
+
+@pytest.mark.parametrize("which", [1, 2, 3, 4, 7, 11])
+def test_killed_while_writing(which, whole, tmp_path):
+    """Just before the n-th file would have been moved into place."""
+    out = tmp_path / "run"
+    process = started(out, which)
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    if (out / "metrics.jsonl").exists(): # and half a line
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"episode": 1, "rew')
+    process = started(out)
+    process.join(300)
+    assert process.exitcode == 0 and left_behind(out) == whole[0]
+
+
+def tuner_in(folder):
+    return Finetuner(settings(folder), spoken(make_model(config=TINY)), reward(), MORE)
+
+
+def test_two_states_and_three_models_are_kept(whole):
+    names = set(whole[0][1])
+    assert {name for name in names if name.startswith("state")} == {f"state-{n:06d}.pt" for n in (EPISODES - 1, EPISODES)}
+    assert {name for name in names if name.startswith("best-")} == {row["file"] for row in json.loads(whole[0][1]["best.json"].decode())} and "tuned.safetensors" in names
+
+
+def test_ranking_of_a_resumed_run(tmp_path):
+    """An episode that comes again takes its own place only."""
+    tuner = tuner_in(tmp_path)
+    for tuner.next_episode, score in ((1, 3.0), (2, 1.0), (3, 2.0), (2, 1.0), (3, 2.0), (4, 0.5)):
+        keep_best(tuner, tmp_path, score, {})
+    assert [row["episode"] for row in read_ranking(tmp_path)] == [1, 3, 2]
+
+
+def test_watching_leaves_the_reward_alone(tmp_path):
+    tuner = tuner_in(tmp_path)
+    tuner.episode()
+    before = tuner.reward.state_dict()
+    assert heldout_reward(tuner, MORE) == heldout_reward(tuner, MORE)
+    assert tuner.reward.state_dict() == before and tuner.reward.pop_components() == {}
+
+
+def test_a_broken_state_gives_way_to_the_one_before(tmp_path):
+    tuner = tuner_in(tmp_path)
+    assert not load_last(tuner, tmp_path)
+    for _ in range(2):
+        tuner.episode()
+        save_last(tuner, tmp_path)
+    states(tmp_path)[0].write_bytes(b"half")
+    assert load_last(tuner, tmp_path) and tuner.next_episode == 1
+    states(tmp_path)[1].write_bytes(b"half")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_last(tuner, tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_good_state(tmp_path):
+    tuner = tuner_in(tmp_path)
+    save_last(tuner, tmp_path)
+    before, limits = states(tmp_path)[0].read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="free some space"):
+            tuner.next_episode = 1
+            save_last(tuner, tmp_path)
+        with pytest.raises(UserError, match="free some space"):
+            keep_best(tuner, tmp_path, 1.0, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.read_bytes() for path in states(tmp_path)] == [before] and not list(tmp_path.glob(".*tmp"))
