@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BETAS', 'SHIPPED', 'POLICY_GRADIENT', 'OPTIONS', 'CHOICES', 'AT_LEAST_ONE', 'FIXED_SOURCE', 'MethodSettings', 'has',
            'check_options', 'FinetuneSettings', 'check_values', 'check_steps', 'check_method', 'FinetuneConfig',
-           'text_indices', 'windowed_loss', 'Finetuner', 'micro_batches', 'collect', 'places', 'score_audio',
-           'make_signal', 'totals', 'conditioning', 'recordings', 'speech_batches', 'grid_level', 'denoising_losses',
-           'reference_hidden', 'log_ratios', 'step_kl', 'Gradients', 'denoising_pass', 'policy_pass', 'baseline',
-           'summarise', 'gather_gradients', 'update', 'recorded_loss', 'kl_to_reference', 'drift', 'save_state',
-           'load_state', 'finetune', 'signal_and_noise', 'gradient_signal']
+           'text_indices', 'windowed_loss', 'Finetuner', 'autocast', 'clock', 'micro_batches', 'collect', 'places',
+           'score_audio', 'make_signal', 'totals', 'conditioning', 'recordings', 'speech_batches', 'grid_level',
+           'denoising_losses', 'reference_hidden', 'log_ratios', 'step_kl', 'Gradients', 'denoising_pass',
+           'policy_pass', 'baseline', 'summarise', 'gather_gradients', 'update', 'recorded_loss', 'kl_to_reference',
+           'drift', 'save_state', 'load_state', 'finetune', 'signal_and_noise', 'gradient_signal']
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
@@ -95,6 +95,7 @@ class FinetuneSettings(MethodSettings):
     learning_rate: float = 1e-4 # AdamW, no weight decay
     max_grad_norm: float = 1.0 # gradient clipping by norm
     trainable: str = "decoder" # decoder or all
+    precision: str = "float32" # of the network: float32, or bfloat16 by autocast, faster on a GPU; log-probabilities are float32 either way
     seed: int = 0 # of texts, noise and shuffling
 
     def resolved(self):
@@ -110,7 +111,7 @@ class FinetuneSettings(MethodSettings):
 # %% ../nbs/40_finetune.ipynb #62ba5fbd
 CHOICES = dict(normalise=NORMALISATIONS, control=("none", "shuffle-advantages"), dl_source=("auto", "data", "sample"), penalty_parts=("auto", "direct", "score", "both"), kl_form=KL_FORMS,
                guidance_levels=("random", "grid"), rwr_weights=("softmax", "raw"), estimator=("ratio", "score"), reduction=("mean", "sum"),
-               trainable=("decoder", "all"), spacing=("geometric", "trailing"))
+               trainable=("decoder", "all"), precision=("float32", "bfloat16"), spacing=("geometric", "trailing"))
 AT_LEAST_ONE = ("episodes", "batch_size", "group_size", "micro_batch", "guidance_steps", "inner_epochs", "buffer_size")
 
 
@@ -252,15 +253,16 @@ class Finetuner:
 
     def episode(self) -> dict:
         "Run the next episode; returns its metrics."
-        start, e = time.perf_counter(), self.next_episode
-        with ScoringQueue(self.reward) as queue:
+        start, e = clock(self), self.next_episode
+        with ScoringQueue(self.reward) as queue, autocast(self):
             trajectories = collect(self, e, queue)
-            rolled = time.perf_counter()
+            rolled = clock(self)
             rewards = score_audio(self, trajectories, queue)
-        scored = time.perf_counter()
+        scored = clock(self)
         signal = make_signal(self, rewards, e)
-        stats = update(self, trajectories, signal, e)
-        end = time.perf_counter()
+        with autocast(self):
+            stats = update(self, trajectories, signal, e)
+        end = clock(self)
         self.next_episode += 1
         return {"episode": e, "reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0)), **as_reward(self.reward).pop_components(),
                 **stats, "advantage/std": float(signal.std(correction=0)), **totals(self, trajectories, queue), "seconds": end - start,
@@ -279,6 +281,18 @@ class Finetuner:
         self.next_episode = state["next_episode"]
 
 # %% ../nbs/40_finetune.ipynb #1f4d0f8a
+def autocast(tuner):
+    "Networks compute in bfloat16 inside, where the settings say so."
+    return torch.autocast(tuner.device.type, torch.bfloat16, enabled=tuner.config.precision == "bfloat16")
+
+
+def clock(tuner):
+    "Seconds, when all that the GPU was told to do is done."
+    if tuner.device.type == "cuda":
+        torch.cuda.synchronize(tuner.device)
+    return time.perf_counter()
+
+
 def micro_batches(tuner, e) -> list:
     "This process's texts of episode e as lists of (place in the batch, index of the text), similar lengths together."
     c = tuner.config

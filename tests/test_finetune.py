@@ -1,5 +1,6 @@
 """The loop: exact ratio, forks, controls, what must and what must not change."""
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from small_policy import TEXTS, make_model, make_rollout, make_tuner, quiet, spo
 from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
 from dlpo_nb.finetune import SHIPPED, Finetuner, FinetuneConfig, gradient_signal, grid_level, load_state, save_state, text_indices
-from dlpo_nb.mdp import draw_steps, replay, sample_mask
+from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.rewards.base import CombinedReward, as_reward
 
 
 @pytest.mark.parametrize("group_size, fork", [(1, None), (2, None), (3, 3), (2, 4)])
@@ -203,3 +205,38 @@ def test_penalty_on_recordings(data):
     assert metrics["diffusion_loss"] > 0 and metrics["grad_norm/penalty"] > 0 and metrics["ratio/mean"] == 1.0
     with pytest.raises(UserError, match="dl-source"):
         Finetuner(FinetuneConfig(**config), make_model(), quiet, TEXTS)
+
+
+def test_bfloat16_is_close_and_on_policy():
+    """Half precision in the network moves the numbers a little, the first ratio not at all."""
+    exact, half = (make_tuner(method="dpok", dl_source="auto", precision=kind).episode() for kind in ("float32", "bfloat16"))
+    assert half["ratio/mean"] == 1.0 and half["kl"] == 0.0
+    assert half["reward/mean"] != exact["reward/mean"] == pytest.approx(half["reward/mean"], rel=0.05)
+    assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
+def test_parts_of_a_reward_are_logged():
+    reward = CombinedReward({"quiet": 1.0, "seconds": 0.0}, {"quiet": as_reward(quiet), "seconds": as_reward(lambda a, n, rate, texts: n / rate)})
+    tuner = make_tuner(reward=reward)
+    metrics = tuner.episode()
+    assert metrics["reward/quiet"] == pytest.approx(metrics["reward/mean"]) and metrics["reward/seconds"] * 4 == pytest.approx(metrics["audio_seconds"])
+    assert metrics["reward/failed"] == 0 and metrics["seconds/scoring"] > 0
+
+
+def test_scoring_overlaps_the_rollouts(monkeypatch):
+    """The first micro-batch's score waits until the second is being sampled."""
+    begun, heard, places = Event(), [], []
+
+    def reward(audio, *rest):
+        heard.append(begun.wait(60))
+        return audio.square().mean(1)
+
+    def watched(*arguments, **options):
+        places.append(arguments[6])
+        if len(places) == 2:
+            begun.set()
+        return rollout(*arguments, **options)
+
+    monkeypatch.setattr("dlpo_nb.finetune.rollout", watched)
+    make_tuner(batch_size=12, reward=reward).episode()
+    assert len(places) == len(heard) == 6 and all(heard)
