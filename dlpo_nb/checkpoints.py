@@ -12,6 +12,7 @@ from pathlib import Path
 from .core import UserError, atomic_write
 from .distributed import gather_rows, share
 from .finetune import load_state, save_state
+from .lora import merged
 from .mdp import rollout
 from .rewards.base import ScoringQueue
 from .text import text_to_ids
@@ -82,7 +83,7 @@ def keep_best(tuner, folder, score: float, metadata: dict):
     before = [row for row in read_ranking(folder) if row["episode"] < episode] # a resumed run may come this way again
     ranking = sorted([*before, entry], key=lambda row: (-row["score"], row["episode"]))[:KEEP_BEST]
     if entry in ranking:
-        save_wavegrad2(tuner.model, folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score})
+        save_wavegrad2(merged(tuner.model), folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score})
     with atomic_write(folder / "best.json") as path:
         path.write_text(json.dumps(ranking, indent=2) + "\n", encoding="utf-8")
     for old in set(folder.glob("best-*.safetensors")) - {folder / row["file"] for row in ranking}:

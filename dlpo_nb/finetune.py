@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BETAS', 'SHIPPED', 'POLICY_GRADIENT', 'OPTIONS', 'CHOICES', 'AT_LEAST_ONE', 'FIXED_SOURCE', 'MethodSettings', 'has',
            'check_options', 'FinetuneSettings', 'check_values', 'check_steps', 'check_method', 'FinetuneConfig',
-           'text_indices', 'windowed_loss', 'Finetuner', 'autocast', 'clock', 'micro_batches', 'collect', 'places',
-           'score_audio', 'make_signal', 'totals', 'conditioning', 'recordings', 'speech_batches', 'grid_level',
-           'denoising_losses', 'reference_hidden', 'log_ratios', 'step_kl', 'Gradients', 'denoising_pass',
+           'text_indices', 'windowed_loss', 'Finetuner', 'choose_trained', 'autocast', 'clock', 'micro_batches',
+           'collect', 'places', 'score_audio', 'make_signal', 'totals', 'conditioning', 'recordings', 'speech_batches',
+           'grid_level', 'denoising_losses', 'reference_hidden', 'log_ratios', 'step_kl', 'Gradients', 'denoising_pass',
            'policy_pass', 'baseline', 'summarise', 'gather_gradients', 'update', 'recorded_loss', 'kl_to_reference',
            'drift', 'save_state', 'load_state', 'finetune', 'signal_and_noise', 'gradient_signal']
 
@@ -26,6 +26,7 @@ from .core import UserError, atomic_write, keyed_generator
 from .data import collate
 from .diffusion import NoiseSchedule
 from .distributed import add_up, fail_together, gather, gather_rows, rank, share, world_size
+from .lora import Reference, add_lora
 from .mdp import draw_steps, keyed_noise, only, replay, rollout, sample_mask, score, step_weight
 from .objectives import OBJECTIVES, Loss, Replay, TextBuffer, advantages, get_objective
 from .objectives.base import CLIP_RANGES, KL_FORMS, centre, check_advantage, kl_divergence
@@ -95,6 +96,8 @@ class FinetuneSettings(MethodSettings):
     learning_rate: float = 1e-4 # AdamW, no weight decay
     max_grad_norm: float = 1.0 # gradient clipping by norm
     trainable: str = "decoder" # decoder or all
+    lora_rank: int = 0 # train a change of this rank on the decoder's convolutions, the reference is the model without it; 0: train the weights themselves
+    lora_alpha: float = 8.0 # scale of that change, divided by the rank
     precision: str = "float32" # of the network: float32, or bfloat16 by autocast, faster on a GPU; log-probabilities are float32 either way
     seed: int = 0 # of texts, noise and shuffling
 
@@ -131,8 +134,10 @@ def check_values(c):
             raise UserError(f"--{name} is {getattr(c, name)}; it must be a number.")
     if c.rollout_steps < 2:
         raise UserError(f"--rollout-steps is {c.rollout_steps}; it must be at least 2, since the last step of a chain is no action.")
-    if c.guidance_frames < 0 or c.duration_weight < 0:
-        raise UserError("--guidance-frames and --duration-weight must not be negative.")
+    if min(c.guidance_frames, c.duration_weight, c.lora_rank) < 0:
+        raise UserError("--guidance-frames, --duration-weight and --lora-rank must not be negative.")
+    if c.lora_rank and c.trainable == "all":
+        raise UserError("--lora-rank changes the decoder only; leave --trainable all out.")
     if c.batch_size % c.group_size:
         raise UserError(f"--batch-size {c.batch_size} is not a multiple of --group-size {c.group_size}.")
     if not 0 <= c.fork < c.rollout_steps:
@@ -240,9 +245,7 @@ class Finetuner:
         self.config, self.reward, self.texts, self.corpus, self.device = config, reward, texts, corpus, torch.device(device)
         self.ids = [text_to_ids(text) for text in texts]
         self.model = model.to(self.device).eval() # no dropout: rollout and replay must agree
-        self.reference = copy.deepcopy(self.model).requires_grad_(False)
-        self.model.requires_grad_(config.trainable == "all")
-        self.model.decoder.requires_grad_(True)
+        self.reference = choose_trained(config, self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         self.schedule, self.objective = config.schedule(), config.objective()
@@ -281,6 +284,18 @@ class Finetuner:
         self.next_episode = state["next_episode"]
 
 # %% ../nbs/40_finetune.ipynb #1f4d0f8a
+def choose_trained(config, model):
+    "Let what is to be trained have gradients; returns the frozen reference: a copy, or the model itself without its low-rank change."
+    if config.lora_rank:
+        model.requires_grad_(False)
+        add_lora(model.decoder, config.lora_rank, config.lora_alpha, keyed_generator(config.seed, "lora"))
+        return Reference(model)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    model.requires_grad_(config.trainable == "all")
+    model.decoder.requires_grad_(True)
+    return reference
+
+
 def autocast(tuner):
     "Networks compute in bfloat16 inside, where the settings say so."
     return torch.autocast(tuner.device.type, torch.bfloat16, enabled=tuner.config.precision == "bfloat16")

@@ -25,6 +25,7 @@ from .core import RunDir, UserError, asset, environment, run_main
 from .data import load_corpus
 from .distributed import from_first, gather, join, leave, rank, under_torchrun, world_size
 from .finetune import Finetuner, FinetuneConfig, drift, finetune
+from .lora import merged
 from .rewards import get_reward
 from .rewards.base import check_as_reward
 from .text import prompts, read_texts, text_to_ids
@@ -256,7 +257,7 @@ def train(tuner, run, config, watched=()):
         if board:
             board.close()
     if run:
-        save_wavegrad2(tuner.model, run.path / "checkpoints" / "tuned.safetensors", metadata(config))
+        save_wavegrad2(merged(tuner.model), run.path / "checkpoints" / "tuned.safetensors", metadata(config))
 
 # %% ../nbs/42_launch.ipynb #9edbc2b5
 def judges(config, reward):

@@ -9,6 +9,7 @@ from small_policy import TEXTS, make_model, make_rollout, make_tuner, quiet, spo
 from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
 from dlpo_nb.finetune import SHIPPED, Finetuner, FinetuneConfig, gradient_signal, grid_level, load_state, save_state, text_indices
+from dlpo_nb.lora import adapters, merged, without_adapters
 from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.rewards.base import CombinedReward, as_reward
@@ -240,3 +241,27 @@ def test_scoring_overlaps_the_rollouts(monkeypatch):
     monkeypatch.setattr("dlpo_nb.finetune.rollout", watched)
     make_tuner(batch_size=12, reward=reward).episode()
     assert len(places) == len(heard) == 6 and all(heard)
+
+
+@pytest.mark.parametrize("method", ["dlpo", "dpok", "klinr"])
+def test_low_rank_changes_begin_at_the_reference(method):
+    """Ratio 1 and KL 0 at the start, without a second model; the base is untouched and is the reference to the end."""
+    plain, tuner = make_tuner(method=method, dl_source="auto", penalty_parts="auto", corpus=None) if method != "dlpo" else make_tuner(), None
+    before = {k: v.clone() for k, v in plain.model.state_dict().items()}
+    tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2, **({} if method == "dlpo" else {"dl_source": "auto"}))
+    first, second = tuner.episode(), tuner.episode()
+    assert first["ratio/mean"] == second["ratio/mean"] == 1.0 and first["kl"] == 0.0 < second["kl"]
+    assert first["reward/mean"] == plain.episode()["reward/mean"] and len(tuner.parameters) == 2 * len(adapters(tuner.model))
+    with without_adapters(tuner.model):
+        kept = merged(tuner.model).state_dict()
+    assert kept.keys() == before.keys() and all(torch.equal(kept[k], before[k]) for k in before)
+    assert {k.split(".")[0] for k, v in merged(tuner.model).state_dict().items() if not torch.equal(v, before[k])} == {"decoder"}
+
+
+def test_low_rank_changes_are_saved_and_resumed(tmp_path):
+    whole, first, second = (make_tuner(lora_rank=2) for _ in range(3))
+    whole.episode(), whole.episode(), first.episode()
+    save_state(first, tmp_path / "state.pt")
+    load_state(second, tmp_path / "state.pt")
+    second.episode()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters))
