@@ -183,6 +183,27 @@ def test_load_corpus(data):
     assert all(np.abs(item.audio.astype(int)).max() > 16000 for item in corpus)
 
 
+def test_a_large_corpus_stays_on_disk(data, tmp_path, monkeypatch):
+    held = load_corpus(data / "corpus_tiny")
+    monkeypatch.setattr("dlpo_nb.data.HELD", sum(item.samples for item in held) - 1)
+    folder = corrupt_copy(data, tmp_path)
+    corpus = load_corpus(folder)
+    assert all(item.held is None for item in corpus) and all(item.held is not None for item in held)
+    assert corpus.hours == held.hours and corpus.frames == held.frames and corpus[1:3][0] is corpus[1]
+    assert all(torch.equal(a, b) for a, b in zip(collate(corpus[:]).values(), collate(held[:]).values()))
+    path = folder / "audio" / "000002.flac"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    load_corpus(folder)  # its header is whole
+    with pytest.raises(UserError, match="000002"):
+        corpus[2].audio
+    path.write_bytes((folder / "audio" / "000001.flac").read_bytes())
+    with pytest.raises(UserError, match="000002"):
+        load_corpus(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="000002"):
+        load_corpus(folder)
+
+
 def test_damaged_corpora_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="no corpus"):
         load_corpus(tmp_path)
