@@ -263,7 +263,7 @@ def window_batch(
 ):
     """A training batch: ids and durations (B, L), lengths (B,) of all items; of `rows` (b,) their starts (b,), audio and mask (b, frames * hop).
 
-    `share` (2,) is how much of the samples, and of the symbols, that count in the batch belong to these rows."""
+    `share` (2,) float64 is how much of the samples, and of the symbols, that count in the batch belong to these rows."""
     rows = torch.arange(len(items)) if rows is None else torch.tensor(rows)
     ids, lengths = pad_ids([item.ids for item in items])
     durations, audio = torch.zeros_like(ids), torch.zeros(len(rows), frames * hop)
@@ -274,7 +274,7 @@ def window_batch(
         audio[place, : len(part)] = torch.from_numpy(part.astype(np.float32) / 32767)
     starts = torch.tensor(starts)
     inside = (durations.sum(1) - starts).clamp(max=frames) if masked else torch.full_like(starts, frames)
-    part = torch.stack([count[rows].sum() / count.sum() for count in (inside, lengths)])
+    part = torch.stack([count[rows].sum().double() / count.sum() for count in (inside, lengths)])
     return dict(ids=ids, lengths=lengths, durations=durations, rows=rows, starts=starts[rows], audio=audio,
                 mask=length_mask(inside[rows] * hop, frames * hop).float(), share=part)
 
@@ -310,7 +310,7 @@ def batch_losses(model, batch, precision, reference=False):
         frames = None if reference else (said.frames[rows] - starts).clamp(max=size)
         denoising = denoising_loss(model, batch["audio"], hidden.gather(2, place), batch["level"], batch["noise"], batch["mask"], frames)
     duration = duration_loss(said.seconds[rows], batch["durations"][rows], said.mask[rows], model.config.frame_rate)
-    return windows * denoising, symbols * duration
+    return (windows * denoising).to(denoising.dtype), (symbols * duration).to(duration.dtype)
 
 
 def sum_gradients(model):
@@ -394,9 +394,10 @@ def write_state(run):
         config=plain(run.config), utterances=len(run.items), step=run.step, seconds=run.seconds, sums=run.sums,
         validation=run.validation, model=run.model.state_dict(), average=run.average.state_dict(),
         optimisers=[optimiser.state_dict() for optimiser in run.optimisers])
-    with atomic_write(run.folder.path / "state.pt") as path, io.BytesIO() as buffer:
-        torch.save(state, buffer)  # to a file it would not say that the disk is full
-        path.write_bytes(buffer.getbuffer())
+    content = io.BytesIO()
+    torch.save(state, content)  # to a file it would not say that the disk is full
+    with atomic_write(run.folder.path / "state.pt") as path:
+        path.write_bytes(content.getbuffer())
     save_base(run)
 
 

@@ -1,6 +1,7 @@
 """What 09_pretrain does not show: interruption, damaged states, the command line, the slices of tools/gpu."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,12 +9,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pretrain_process
 import pytest
 import torch
+from deterministic_weights import fill, integers, noise, waveform
 
+from dlpo_nb import pretrain as module
 from dlpo_nb.core import UserError, asset
-from dlpo_nb.pretrain import PretrainConfig, Pretraining, Steps, first_model, fit, make_optimisers, new_model, prepare, pretrain, train_step, window_batch
-from dlpo_nb.wavegrad2.model import load_wavegrad2
+from dlpo_nb.data import Item, load_corpus
+from dlpo_nb.diffusion import NoiseSchedule
+from dlpo_nb.pretrain import (REFERENCE, PretrainConfig, Pretraining, Steps, batch_losses, draw_start, first_model, fit, make_optimisers,
+                              new_model, parse, prepare, pretrain, train_step, validate, window_batch)
+from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "data" / "corpus_tiny"
@@ -37,9 +45,11 @@ def weights(path):
     return {k: v for k, v in load_wavegrad2(path).state_dict().items()}
 
 
-@pytest.mark.parametrize("optimiser, first", [("muon", 2), ("adamw", 1)])
-def test_resume_is_exact(config, tmp_path, optimiser, first):
-    whole = replace(config, optimiser=optimiser, bf16=False)
+@pytest.mark.parametrize("first, changes", [
+    (2, dict(precision="float32")), (1, dict(optimiser="adamw", precision="float32")), (3, dict(precision="bf16")),
+    (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12})])
+def test_resume_is_exact(config, tmp_path, first, changes):
+    whole = replace(config, **changes)
     parts = replace(whole, out=tmp_path / "parts", save_every=1)
     pretrain(whole)
     fit(prepare(parts), last_step=first)
@@ -69,13 +79,26 @@ def test_rows_after_the_state_are_dropped_on_resume(config):
 
 def test_windows_reach_the_last_frame_and_mask_the_padding(config):
     items = Pretraining(config).items[:2]
-    total = [int(sum(item.frames)) for item in items]
-    frames = min(total) - 1
-    starts = {int(window_batch(items, frames, 300, torch.Generator().manual_seed(s))["starts"][total.index(min(total))]) for s in range(40)}
-    assert starts == {0, 1}
-    batch = window_batch(items, max(total) + 3, 300)
-    assert batch["mask"].sum(1).tolist() == [300 * n for n in total]
-    assert (batch["audio"][batch["mask"] == 0] == 0).all()
+    total = [sum(item.frames) for item in items]
+    for reference, expected in ((False, {0, 1}), (True, {0})):
+        assert {draw_start(8, 7, torch.Generator().manual_seed(s), reference) for s in range(40)} == expected
+        assert {draw_start(8, frames, torch.Generator().manual_seed(s), reference) for s in range(9) for frames in (8, 9)} == {0}
+    batch = window_batch(items, [0, 5], max(total) + 3, 300)
+    assert batch["mask"].sum(1).tolist() == [300 * total[0], 300 * (total[1] - 5)]
+    assert (batch["audio"][batch["mask"] == 0] == 0).all() and batch["share"].tolist() == [1, 1]
+    torch.testing.assert_close(batch["audio"][1, : 300 * (total[1] - 5)] * 32767, torch.from_numpy(items[1].audio[1500:]).float())
+    assert window_batch(items, [0, 5], max(total) + 3, 300, masked=False)["mask"].all()
+
+
+def test_rows_of_a_batch_do_not_depend_on_who_makes_them(config):
+    items = load_corpus(CORPUS)
+    whole, part = Steps(replace(config, batch_size=5), items, 300), Steps(replace(config, batch_size=5), items, 300)
+    part.rows = [1, 4]
+    a, b = whole[3], part[3]
+    assert all(torch.equal(a[name], b[name]) for name in ("ids", "lengths", "durations"))
+    assert all(torch.equal(a[name][[1, 4]], b[name]) for name in ("rows", "starts", "audio", "mask", "level", "noise"))
+    part.rows = [0, 2, 3]
+    torch.testing.assert_close(b["share"] + part[3]["share"], torch.ones(2).double())
 
 
 def test_a_step_hears_the_same_whatever_came_before(config):
@@ -111,6 +134,9 @@ def test_diverged_training_keeps_the_last_good_state(config):
     (dict(steps=0), "--steps or as --minutes"),
     (dict(minutes=1.0), "--steps or as --minutes"),
     (dict(batch_size=0), "--batch-size is 0"),
+    (dict(nproc_per_node=3), "less than the 3 processes"),
+    (dict(nnodes=2), "--rdzv-endpoint"),
+    (dict(validation="nowhere"), "nowhere"),
     (dict(corpus=Path("nowhere")), "nowhere"),
     (dict(device="cuda:99"), "cuda:99"),
     (dict(out=CORPUS / "manifest.jsonl"), "--out"),
@@ -181,6 +207,213 @@ def test_gpu_job_goes_on_from_small_files(config, tmp_path):
     assert 0 < steps[0] < steps[1]
     (tmp_path / "base.safetensors").write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "two").glob("base.part.*"))))
     load_wavegrad2(tmp_path / "base.safetensors")
+
+
+# --- the released trainer
+
+
+@pytest.fixture(scope="module")
+def ref(data):
+    """Numbers recorded from the released trainer, Base, deterministic weights."""
+    return {key: torch.from_numpy(value) for key, value in np.load(data / "wavegrad2_reference.npz").items()}
+
+
+@pytest.fixture(scope="module")
+def base():
+    with torch.device("meta"):
+        model = WaveGrad2(WaveGrad2Config(dropout=0.0))
+    return fill(model.to_empty(device="cpu"))
+
+
+def recorded_batch(ref, size, level=None):
+    """The recorded training batch, made by `window_batch`; its clips go on for a part of a frame, which those of a corpus do not."""
+    items, extra = [], integers(2, "ref/wavextra", 1, 300)
+    for row, length in enumerate(ref["text_lengths"].tolist()):
+        frames = ref["durations"][row, :length].tolist()
+        wave = waveform(300 * sum(frames) + int(extra[row]), f"ref/train/wav{row}").double() * 32767
+        items.append(Item(str(row), "", [], frames, Path(), wave.numpy()))
+        items[row].__dict__["ids"] = ref["text_ids"][row, :length].tolist()
+    starts = ref["train8_starts"].tolist() if size == 8 else [0, 0]
+    batch = window_batch(items, starts, size, 300, masked=False)
+    if level is None:
+        level = NoiseSchedule.linear().levels.float()[ref["train_step"] - 1][:, None]
+    return dict(batch, level=level, noise=noise((2, 300 * size), f"ref/train/eps{size}"))
+
+
+@pytest.mark.parametrize("size", [8, 256])
+@torch.no_grad()
+def test_losses_are_those_of_the_released_trainer(base, ref, size):
+    losses = torch.stack(batch_losses(base.eval(), recorded_batch(ref, size), "float32", reference=True))
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref[f"train{size}_losses"].tolist(), rel=1e-5)
+
+
+def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(base, ref, config, monkeypatch):
+    settings = replace(config, **REFERENCE | dict(clip=1e9, batch_size=2))
+    monkeypatch.setattr(module, "first_model", lambda config: base)
+    run = Pretraining(settings)
+    run.model.eval()  # as recorded: no dropout, fixed norms
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    train_step(run, recorded_batch(ref, 8))
+    total, l1, duration = ref["train8_losses"].tolist()
+    assert run.sums.tolist() == pytest.approx([l1, duration, 6.724852, 1], rel=1e-5)
+    norms = {name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item() for name, m in base.named_children()}
+    assert norms == pytest.approx(dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299), rel=1e-4)
+    # Adam's first step goes as far as its learning rate, wherever the gradient is not next to nothing
+    moved = torch.cat([(p.detach() - before[name])[p.grad.abs() > 1e-3].abs() for name, p in base.named_parameters()])
+    assert len(moved) > 10_000 and (moved - 3e-4).abs().max() < 1e-5
+    average = dict(run.average.named_parameters())
+    assert all((average[name] - p).abs().max() < 1e-6 for name, p in base.named_parameters()), "their average is the new weights"
+    with torch.no_grad():
+        fill(base)
+
+
+@torch.no_grad()
+def test_training_mode_is_that_of_the_released_trainer(base, ref):
+    base.train()
+    losses = torch.stack(batch_losses(base, recorded_batch(ref, 8, ref["train_mode_noise_level"]), "float32", reference=True))
+    fill(base)
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref["train8_trainmode_losses"].tolist(), rel=1e-5)
+
+
+def test_without_padding_ours_is_theirs(config):
+    item = load_corpus(CORPUS)[0]
+    model = new_model("tiny").eval()
+    batch = window_batch([item, item], [0, 3], 20, 300)
+    batch |= dict(level=torch.tensor([[0.5], [0.99]]), noise=torch.randn(2, 6000))
+    ours, theirs = (torch.stack(batch_losses(model, batch, "float32", reference)) for reference in (False, True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_reference_sets_what_no_flag_says():
+    config = parse("--corpus c --out o --steps 5 --lr 0.001 --reference".split())
+    assert config.reference and config.lr == 0.001 and (config.arch, config.optimiser, config.window_frames) == ("base", "adam", 256)
+    assert not parse("--corpus c --out o --steps 5".split()).reference
+
+
+# --- precision
+
+
+def test_bfloat16_trains_with_float32_losses_and_weights(config):
+    run = Pretraining(config)
+    batch = Steps(config, run.items, 300)[0]
+    losses = {precision: torch.stack(batch_losses(run.average, batch, precision)) for precision in ("float32", "bf16")}
+    assert losses["bf16"].dtype == torch.float32 and not torch.equal(*losses.values())
+    torch.testing.assert_close(*losses.values(), rtol=0.03, atol=0)
+    train_step(run, batch)
+    assert {p.dtype for p in run.model.parameters()} == {p.grad.dtype for p in run.model.parameters()} == {torch.float32}
+    assert run.sums.isfinite().all()
+
+
+# --- validation
+
+
+def test_held_out_loss_is_a_mean_over_utterances_whatever_the_chunks(config):
+    run = Pretraining(replace(config, validation=str(CORPUS), held_out=5, precision="float32"))
+    assert len(run.items) == 6 and len(run.held_out) == 5
+    together, apart = validate(run, frames=20), validate(run, frames=20, at_once=2)
+    assert list(together) == ["16", "80", "250", "550", "850", "duration"]
+    assert together == pytest.approx(apart, rel=1e-5)
+
+
+def test_samples_are_judged_and_heard_over_training(config, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(module, "sample", lambda run, count: [torch.sin(torch.arange(22050) / 20) * 0.3] * min(count, len(run.held_out)))
+    pretrain(replace(config, steps=7, log_every=2, sample_every=3, validation=str(CORPUS)))
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert ["dnsmos" in row for row in rows] == [False, True, True, True], "the first row at or after each third step, and the last"
+    means = [sum(v for k, v in row["validation"].items() if k != "duration") / 5 + row["validation"]["duration"] for row in rows]
+    assert means == pytest.approx([row["held_out_loss"] for row in rows])
+    board = EventAccumulator(str(config.out / "tensorboard"), size_guidance={"audio": 0}).Reload()
+    assert [(e.step, e.sample_rate) for e in board.Audio("sample/1")] == [(s, 22050) for s in (4, 6, 7)]
+    assert [e.step for e in board.Scalars("dnsmos")] == [4, 6, 7] and [e.step for e in board.Scalars("held_out_loss")] == [2, 4, 6, 7]
+    assert (config.out / "samples" / "step_0000006_0.wav").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_last_state(config, monkeypatch):
+    run = prepare(replace(config, save_every=1))
+    fit(run, last_step=1)
+    good = (config.out / "state.pt").read_bytes()
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="state.pt: No space left on device; free some space"):
+        fit(run, last_step=2)
+    assert (config.out / "state.pt").read_bytes() == good and not list(config.out.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_audio_that_breaks_on_the_way_is_one_sentence(config, tmp_path, monkeypatch, workers):
+    folder = Path(shutil.copytree(CORPUS, tmp_path / "corpus"))
+    monkeypatch.setattr("dlpo_nb.data.HELD", 0)
+    run = prepare(replace(config, corpus=folder, workers=workers))
+    for path in (folder / "audio").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"^cannot read \S*\.flac") as error:
+        fit(run)
+    assert "\n" not in str(error.value)
+
+
+# --- several processes
+
+
+def in_two(command, **options):
+    return subprocess.run([*command, "--nproc-per-node", "2"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_two_processes_are_one_in_float64(config, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests" / "pretrain_process.py")]
+    settings = dict(corpus=str(CORPUS), steps=3, batch_size=3, window_frames=16, warmup_steps=1, sample_every=0, device="cpu", precision="float32")
+    (tmp_path / "two.json").write_text(json.dumps(settings | dict(out=str(tmp_path / "two"))))
+    done = subprocess.run([*torchrun, str(tmp_path / "two.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pretrain_process.train(settings | dict(out=str(tmp_path / "one")))
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
+    assert (one["sums"] - two["sums"]).abs().max() < 1e-6
+    start = first_model(PretrainConfig(CORPUS, tmp_path, steps=1)).state_dict()
+    for part in ("model", "average"):
+        for key, value in one[part].items():
+            assert (value.double() - two[part][key].double()).abs().max() < 1e-10, key
+    assert max((one["model"][key].double() - start[key].double()).abs().max().item() for key in start) > 1e-3
+
+
+def test_one_process_starts_and_two_go_on(config):
+    settings = replace(config, batch_size=3, optimiser="adamw", lr=1e-4, precision="float32", log_every=1)
+    whole = replace(settings, out=config.out.parent / "whole")
+    pretrain(whole)
+    fit(prepare(settings), last_step=1)
+    before = sorted(p.name for p in config.out.iterdir())
+    flags = "--resume --batch-size 3 --optimiser adamw --lr 1e-4 --precision float32 --log-every 1 --steps 4 --warmup-steps 2".split()
+    done = in_two(command(config, *flags))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in config.out.iterdir()) == before and json.loads((config.out / "environment.json").read_text())["processes"] == 2
+    rows = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (whole.out, config.out)]
+    for a, b in zip(*rows, strict=True):
+        for name in ("step", "loss", "duration_loss", "grad_norm", "held_out_loss", "lr"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    one, two = weights(whole.out / "base.safetensors"), weights(config.out / "base.safetensors")
+    assert all((one[k].double() - two[k].double()).abs().max() < 1e-5 for k in one)
+
+
+def test_two_processes_stop_together(config):
+    process = subprocess.Popen(command(config, "--steps", 100000, "--log-every", 1, "--nproc-per-node", 2), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics, limit = config.out / "metrics.jsonl", time.time() + 300
+    while not metrics.exists() and time.time() < limit:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    reached = torch.load(config.out / "state.pt", weights_only=True)["step"]
+    pretrain(replace(config, steps=reached + 1, warmup_steps=300, log_every=1, resume=True))
+    assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, reached + 2))
+
+
+def test_what_ends_two_processes_is_said_once(config):
+    done = in_two(command(replace(config, corpus=Path("nowhere")), "--steps", 1))
+    assert done.returncode == 2 and done.stderr.count("error: no corpus in nowhere") == 1 and "Traceback" not in done.stderr
 
 
 def test_start_from_a_base(tmp_path):
