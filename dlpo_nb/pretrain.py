@@ -7,7 +7,7 @@ __all__ = ['NARROW', 'EDGES', 'REFERENCE', 'FREE', 'VALIDATION_STEPS', 'draw_lev
            'orthogonalise', 'Muon', 'make_optimisers', 'learning_rate_factor', 'released_factor', 'average_decay',
            'update_average', 'PretrainConfig', 'parse', 'check_config', 'draw_start', 'window_batch', 'Steps',
            'batch_losses', 'sum_gradients', 'lend_stress', 'first_model', 'Pretraining', 'save_base', 'write_state',
-           'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'score', 'report_samples',
+           'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'judges', 'score', 'report_samples',
            'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag', 'ignore_interrupts',
            'batches', 'agree', 'fit', 'drop_later_rows', 'write_beginning', 'prepare', 'pretrain', 'main']
 
@@ -490,18 +490,27 @@ def sample(run, count=2, num_steps=25):
     return [audio.cpu() for audio in run.average.synthesise(ids, schedule, generator=draw)]
 
 
-def score(run, audio):
-    "Mean ratings of the utterances of `sample`: DNSMOS p808, and NISQA where its weights are found, e.g. {'dnsmos': 2.6}."
-    from dlpo_nb.rewards import get_reward
+def judges(config):
+    "The judges of samples by name: DNSMOS, and NISQA where its weights are found. UserError where one cannot be had."
+    from dlpo_nb.rewards.dnsmos import DNSMOS, network_path
     from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 
+    if not (config.score and config.sample_every):
+        return {}
+    try:
+        network_path("model_v8.onnx")
+        weights = config.nisqa_weights or find_nisqa_weights()
+        return {"dnsmos": DNSMOS()} | ({"nisqa": NISQA(weights)} if weights else {})
+    except UserError as error:
+        raise UserError(f"{error}; or say --no-score, to train without ratings") from error
+
+
+def score(run, audio):
+    "Mean ratings of the utterances of `sample`, e.g. {'dnsmos': 2.6}, which is its p808."
     lengths = torch.tensor([len(a) for a in audio])
     padded = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
     texts = [item.text for item in run.held_out[:len(audio)]]
-    judges = {"dnsmos": get_reward("dnsmos")}
-    if weights := run.config.nisqa_weights or find_nisqa_weights():
-        judges["nisqa"] = NISQA(weights)
-    return {name: judge(padded, lengths, SAMPLE_RATE, texts).mean().item() for name, judge in judges.items()}
+    return {name: judge(padded, lengths, SAMPLE_RATE, texts).mean().item() for name, judge in judges(run.config).items()}
 
 
 def report_samples(run, board):
@@ -511,7 +520,7 @@ def report_samples(run, board):
         write_audio(run.folder.path / "samples" / f"step_{run.step:07d}_{i}.wav", clip)
         if board:
             board.add_audio(f"sample/{i}", clip[None], run.step, sample_rate=SAMPLE_RATE)
-    return score(run, audio) if run.config.score else {}
+    return score(run, audio)
 
 # %% ../nbs/09_pretrain.ipynb #2c674346
 def mean_losses(run):
@@ -664,6 +673,7 @@ def prepare(config):
         if not (config.resume or restarted()):
             raise UserError(f"{config.out} already holds a run; add --resume to go on with it, or give another --out")
         restore(run)
+    first_does(lambda: judges(config))  # one that is not there is better missed now
     first_does(lambda: write_beginning(run))
     return run
 

@@ -331,6 +331,18 @@ def test_samples_are_judged_and_heard_over_training(config, monkeypatch):
     assert (config.out / "samples" / "step_0000006_0.wav").exists()
 
 
+def test_nisqa_rates_where_its_weights_are(config, shared):
+    run = prepare(replace(config, sample_every=4, nisqa_weights=str(shared / "data" / "nisqa" / "nisqa.tar")))
+    ratings = module.score(run, [torch.from_numpy(item.audio / 32767).float() for item in load_corpus(CORPUS)[:1]])
+    assert ratings.keys() == {"dnsmos", "nisqa"} and all(2.5 < value < 5 for value in ratings.values())
+
+
+def test_a_judge_that_is_missing_is_missed_at_the_start(config, tmp_path):
+    with pytest.raises(UserError, match="no-score"):
+        prepare(replace(config, sample_every=4, nisqa_weights=str(tmp_path / "nisqa.tar")))
+    prepare(replace(config, sample_every=4, nisqa_weights=str(tmp_path / "nisqa.tar"), score=False))
+
+
 def test_a_full_disk_is_one_sentence_and_keeps_the_last_state(config, monkeypatch):
     run = prepare(replace(config, save_every=1))
     fit(run, last_step=1)

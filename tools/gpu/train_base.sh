@@ -3,7 +3,7 @@
 # tools/gpu/train_base.sh CORPUS BEFORE AFTER [flags of dlpo_nb.pretrain]
 #   CORPUS  folder with manifest.jsonl and audio/
 #   BEFORE  AFTER of the slice before; a missing or empty folder starts the run
-#   AFTER   gets state.part.NN and base.part.NN (at most 16 MB each), metrics.jsonl, config.json, environment.json
+#   AFTER   gets state.part.NN and base.part.NN (at most 16 MB each), metrics.jsonl, config.json, environment.json, samples as step_*.wav
 # Environment: SLICE_MINUTES (default 8), PYTHON (default python), DEBS, TEXTS (see README.md: festival speaks the corpus here)
 set -euo pipefail
 if [ $# -lt 3 ]; then
@@ -46,3 +46,4 @@ split -d -b 16000000 "$run/base.safetensors" "$after/base.part."
 for name in metrics.jsonl config.json environment.json; do
     if [ -e "$run/$name" ]; then cp "$run/$name" "$after/"; fi
 done
+if compgen -G "$run/samples/*.wav" >/dev/null; then cp "$run"/samples/*.wav "$after/"; fi
