@@ -14,6 +14,7 @@ import pretrain_process
 import pytest
 import torch
 from deterministic_weights import fill, integers, noise, waveform
+from test_distributed import workers
 
 from dlpo_nb import pretrain as module
 from dlpo_nb.core import UserError, asset
@@ -421,6 +422,19 @@ def test_two_processes_stop_together(config):
     reached = torch.load(config.out / "state.pt", weights_only=True)["step"]
     pretrain(replace(config, steps=reached + 1, warmup_steps=300, log_every=1, resume=True))
     assert [json.loads(line)["step"] for line in metrics.open()] == list(range(1, reached + 2))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes with ps")
+def test_a_lost_process_is_started_again(config):
+    flags = ["--steps", 8, "--log-every", 1, "--save-every", 1, "--nproc-per-node", 2, "--max-restarts", 1]
+    process = subprocess.Popen(command(config, *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    limit = time.time() + 300
+    while not (config.out / "state.pt").exists() and time.time() < limit:
+        time.sleep(0.05)
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert [json.loads(line)["step"] for line in (config.out / "metrics.jsonl").open()] == list(range(1, 9))
 
 
 def test_what_ends_two_processes_is_said_once(config):
