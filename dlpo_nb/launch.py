@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MANUAL', 'NEEDED', 'LaunchConfig', 'parse', 'read_flags', 'stored_config', 'check_given', 'load_base',
-           'load_reward', 'load_texts', 'load_recordings', 'restarted', 'open_run', 'banner', 'tensorboard', 'metadata',
+           'load_reward', 'load_texts', 'load_recordings', 'goes_on', 'open_run', 'banner', 'tensorboard', 'metadata',
            'train', 'judges', 'evaluate_run', 'SteadyPace', 'stand_in_base', 'stand_ins', 'affordable', 'memory',
-           'dry_run', 'begin', 'finish', 'launch', 'start_processes', 'main']
+           'dry_run', 'begin', 'finish', 'launch', 'main']
 
 # %% ../nbs/42_launch.ipynb #93b633dc
 import json
-import os
 import resource
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from .audio import SAMPLE_RATE, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
 from .core import RunDir, UserError, asset, environment, run_main
 from .data import load_corpus
-from .distributed import from_first, gather, join, leave, rank, under_torchrun, world_size
+from .distributed import from_first, gather, join, rank, restarted, run_process, start_processes, under_torchrun, world_size
 from .finetune import Finetuner, FinetuneConfig, drift, finetune
 from .lora import merged
 from .rewards import get_reward
@@ -185,14 +184,14 @@ def load_recordings(config):
     return load_corpus(asset("speech_train") if config.corpus == "packaged" else config.corpus)
 
 # %% ../nbs/42_launch.ipynb #20f61c08
-def restarted(config):
-    "Whether torchrun has started this process again after one was lost, in a run that had begun."
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and config.out and (Path(config.out) / "config.json").exists()
+def goes_on(config):
+    "Whether there is a run to go on with: by --resume, or since torchrun has started this process again after one was lost."
+    return config.resume or (restarted() and config.out and (Path(config.out) / "config.json").exists())
 
 
 def open_run(preset, config):
     "The run directory: a new one, or the one to go on with."
-    if config.resume or restarted(config):
+    if goes_on(config):
         return RunDir(config.out)
     if config.out:
         if (Path(config.out) / "config.json").exists():
@@ -372,7 +371,7 @@ def begin(preset, config, tuner):
     if rank() == 0:
         run = open_run(preset, config)
         path = run.path
-        if not (config.resume or restarted(config)):
+        if not goes_on(config):
             run.write_json("config.json", {"preset": preset, **asdict(config)})
             run.write_json("environment.json", environment() | {"processes": world_size()})
     path = from_first(path)
@@ -422,41 +421,16 @@ def launch(preset, config):
         finish(tuner, run, config, heldout, reward)
     return run
 
-# %% ../nbs/42_launch.ipynb #903c7dec
-def start_processes(preset, config, argv):
-    "Hand the command over to torchrun; the exit status is that of the run."
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    if not config.out and not config.dry_run:
-        argv = [*argv, "--out", str(open_run(preset, config).path)] # a run that is restarted must find itself
-    meet = ["--nnodes", str(config.nnodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", config.out]
-    where = meet if config.nnodes > 1 else ["--standalone"]
-    threads = str(config.threads or max(1, (os.cpu_count() or 1) // config.nproc_per_node))
-    os.environ.setdefault("OMP_NUM_THREADS", threads)
-    try:
-        torchrun.main([*where, "--nproc-per-node", str(config.nproc_per_node), "--max-restarts", str(config.max_restarts), "-m", "dlpo_nb.launch", *argv])
-    except ChildFailedError as error:
-        lost, failure = error.get_first_failure()
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
-    except (KeyboardInterrupt, SignalException):
-        raise SystemExit(130) from None
-
-
+# %% ../nbs/42_launch.ipynb #ac2db8a8
 def main():
     "Entry point of `python -m dlpo_nb.launch`."
     preset, config = parse()
     if config.nproc_per_node * config.nnodes > 1 and not under_torchrun():
-        return start_processes(preset, config, sys.argv[1:])
-    try:
-        launch(preset, config)
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0: # the first process of each machine has said it
-            raise SystemExit(2) from error
-        raise
-    finally:
-        leave()
+        argv = sys.argv[1:]
+        if not config.out and not config.dry_run:
+            argv = [*argv, "--out", str(open_run(preset, config).path)] # a run that is restarted must find itself
+        return start_processes("dlpo_nb.launch", config, argv)
+    run_process(lambda: launch(preset, config))
 
 # %% ../nbs/42_launch.ipynb #1c6be9ed
 #| eval: false
