@@ -12,7 +12,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from .core import UserError
+from .core import UserError, pick_device
 
 # %% ../nbs/41_distributed.ipynb #14a4da5f
 def rank() -> int:
@@ -92,8 +92,6 @@ def under_torchrun() -> bool:
 
 def join(device: str = "auto") -> torch.device:
     "Join the other processes; returns the device of this one. UserError where a machine has fewer GPUs than processes."
-    from dlpo_nb.core import pick_device
-
     found, local = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
     if not under_torchrun():
         return found
