@@ -28,24 +28,24 @@ def states(folder) -> list:
 
 
 def save_last(tuner, folder):
-    "Write the state after an episode, and forget all but the newest two."
+    "Write the state after an episode, and forget all but the newest two, and what a killed process had half written."
     save_state(tuner, Path(folder) / f"state-{tuner.next_episode:06d}.pt")
-    for old in states(folder)[KEEP_STATES:]:
+    for old in [*states(folder)[KEEP_STATES:], *Path(folder).glob(".*.tmp")]:
         old.unlink()
 
 
-def load_last(tuner, folder) -> bool:
-    "Go on from the newest state that can be read; False where there is none (a run stopped in its first episode). UserError where none can be read."
+def load_last(tuner, folder) -> Path | None:
+    "Go on from the newest state that can be read; None where there is none (a run stopped in its first episode). UserError where none can be read."
     problems = []
     for path in states(folder):
         try:
             load_state(tuner, path)
-            return True
+            return path
         except UserError as error:
             problems.append(error)
     if problems:
         raise problems[0]
-    return False
+    return None
 
 # %% ../nbs/40b_checkpoints.ipynb #3a442d83
 def heldout_reward(tuner, texts: list) -> dict:

@@ -301,13 +301,13 @@ WEIGHTS = dict(nisqa=NISQA_WEIGHTS, nisqa_normalised=NISQA_WEIGHTS, utmos=("utmo
                wer=("whisper", "model", "DLPO_WHISPER_MODEL"))
 
 
-def judge_options(name, config):
-    "Options of the judge called `name`, or of the parts of a formula: its weights, and the device where it has one."
+def judge_options(name, config, uncut=False):
+    "Options of the judge called `name`, or of the parts of a formula: its weights, the device where it has one, and error rates as they are."
     if not name.isidentifier():
-        return {part: options for part in parse_formula(name) if (options := judge_options(part, config))}
+        return {part: options for part in parse_formula(name) if (options := judge_options(part, config, uncut))}
     setting, option, _ = WEIGHTS.get(name, ("", "", ""))
     options = {option: value} if (value := getattr(config, setting, "")) else {}
-    options |= {"most": math.inf} if name == "wer" else {}  # a report cuts nothing
+    options |= {"most": math.inf} if uncut and name == "wer" else {}
     kind = REWARDS.entries.get(name)
     return options | ({"device": config.device} if kind and "device" in inspect.signature(kind).parameters else {})
 
@@ -323,7 +323,7 @@ def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
     judges, left_out = {}, []
     for name in dict.fromkeys(name.strip() for name in config.metrics.split(",") if name.strip()):
         try:
-            judges[name] = get_reward(name, **judge_options(name, config))
+            judges[name] = get_reward(name, **judge_options(name, config, uncut=True)) # a report cuts nothing
         except UserError as error:
             left_out.append(f"{name} is left out: {error}")
     if "wer" in judges and (recogniser := getattr(judges["wer"], "recognise", None)):

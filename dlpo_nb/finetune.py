@@ -129,9 +129,9 @@ def check_values(c):
     for name in ("tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm"):
         if getattr(c, name) is not None and not getattr(c, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}; it must be above 0.")
-    for name in ("alpha", "beta"):
-        if not math.isfinite(getattr(c, name) or 0.0):
-            raise UserError(f"--{name} is {getattr(c, name)}; it must be a number.")
+    for name, value in vars(c).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a number.")
     if c.rollout_steps < 2:
         raise UserError(f"--rollout-steps is {c.rollout_steps}; it must be at least 2, since the last step of a chain is no action.")
     if min(c.guidance_frames, c.duration_weight, c.lora_rank) < 0:
@@ -263,8 +263,7 @@ class Finetuner:
             rewards = score_audio(self, trajectories, queue)
         scored = clock(self)
         signal = make_signal(self, rewards, e)
-        with autocast(self):
-            stats = update(self, trajectories, signal, e)
+        stats = update(self, trajectories, signal, e)
         end = clock(self)
         self.next_episode += 1
         return {"episode": e, "reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0)), **as_reward(self.reward).pop_components(),
@@ -281,6 +280,8 @@ class Finetuner:
         for name in ("model", "optimiser", "buffer"):
             getattr(self, name).load_state_dict(state[name])
         as_reward(self.reward).load_state_dict(state["reward"])
+        for group in self.optimiser.param_groups: # may be another one than before
+            group["lr"] = self.config.learning_rate
         self.next_episode = state["next_episode"]
 
 # %% ../nbs/40_finetune.ipynb #1f4d0f8a
@@ -366,7 +367,7 @@ def make_signal(tuner, rewards, e): # -> (batch,)
 
 def totals(tuner, trajectories, queue):
     "What the log says of the rollouts of all processes."
-    found = gather((len(queue.last_failures), queue.seconds, sum(float(t.audio_lengths.sum()) for t in trajectories), sum(t.clipped * len(t.indices) for t in trajectories)))
+    found = gather((len({failure.index for failure in queue.last_failures}), queue.seconds, sum(float(t.audio_lengths.sum()) for t in trajectories), sum(t.clipped * len(t.indices) for t in trajectories)))
     failures, scoring, samples, clipped = map(sum, zip(*found))
     return {"reward/failed": failures, "x0/clipped": clipped * tuner.config.group_size / tuner.config.batch_size, "seconds/scoring": scoring / world_size(),
             "audio_seconds": samples / tuner.model.config.sample_rate}
@@ -548,14 +549,16 @@ def update(tuner, trajectories, signal, e):
     c, first, penalty = tuner.config, None, None
     signal = signal.to(tuner.device)
     for inner in range(c.inner_epochs):
-        gradients, stats, penalty = gather_gradients(tuner, trajectories, signal, penalty, e, inner)
+        with autocast(tuner): # anew each time: inside, it keeps the weights of before the step
+            gradients, stats, penalty = gather_gradients(tuner, trajectories, signal, penalty, e, inner)
         gradients.assign()
         norm = torch.nn.utils.clip_grad_norm_(tuner.parameters, c.max_grad_norm)
         if not torch.isfinite(norm):
             fail_together(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
         if first is None:
-            watched = {} if "diffusion_loss" in stats else recorded_loss(tuner, e)
-            first = stats | watched | {"kl": kl_to_reference(tuner, trajectories), "grad_norm": float(norm), **gradients.norms()}
+            with autocast(tuner):
+                watched = {"kl": kl_to_reference(tuner, trajectories), **({} if "diffusion_loss" in stats else recorded_loss(tuner, e))}
+            first = stats | watched | {"grad_norm": float(norm), **gradients.norms()}
         tuner.optimiser.step()
     return first | {name: value for name, value in stats.items() if name.startswith("ratio/")}
 

@@ -27,7 +27,7 @@ class Long(Reward):
 
 
 def reward():
-    return CombinedReward({"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z")
+    return CombinedReward({"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z", warmup=8)
 
 
 def tuner_of(method, exact):

@@ -59,7 +59,7 @@ def started(*arguments):
 def left_behind(out):
     """All that must not depend on where the run was interrupted."""
     rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(out / "metrics.jsonl")]
-    files = {path.name: read(path) for path in (out / "checkpoints").iterdir() if path.suffix != ".tmp"}
+    files = {path.name: read(path) for path in (out / "checkpoints").iterdir()}
     return rows, files
 
 

@@ -83,10 +83,13 @@ class Summand:
         """Scores (B, P) of the parts of a sum, (B, 1) of a single reward, on the CPU, and which of them failed, (B, P) bool.
 
         Each row stands for itself, so batches can be scored apart, in threads or processes, and be combined afterwards."""
-        scores = self(audio, lengths, sample_rate, texts).cpu()
+        with torch.no_grad():  # grad mode is a thread's own
+            scores = self(audio, lengths, sample_rate, texts).cpu()
         failed = torch.zeros(len(scores), 1, dtype=torch.bool)
         failed[[failure.index for failure in self.last_failures]] = True
         return scores[:, None], failed
+
+    settled = True  # whether the same parts will give the same score from now on
 
     def combine(self, parts, failed):
         """One score (B,) an utterance, of its `parts`; what a reward remembers from batch to batch enters here."""
@@ -244,11 +247,10 @@ class CombinedReward(Reward):
     def __init__(self, weights, rewards, normalise="none", warmup=64):
         if normalise not in NORMALISATIONS:
             raise UserError(f"a sum of rewards is normalised by 'none' or 'z', not {normalise!r}")
-        self.weights, self.rewards, self.components = dict(weights), dict(rewards), {}
+        self.weights, self.rewards, self.components, self.warmup = dict(weights), dict(rewards), {}, warmup
         self.moments = {name: Moments() for name in self.rewards} if normalise == "z" else {}
-        self.warmup, self.sums, self.summed = warmup, dict.fromkeys(self.rewards, 0.0), 0
-        parts = {name: f"z({name})" if self.moments else name for name in self.weights}
-        self.name = " ".join(f"{'-' if w < 0 else '+'} {abs(w):g}*{parts[name]}" for name, w in self.weights.items()).removeprefix("+ ")
+        self.sums, self.summed, part = dict.fromkeys(self.rewards, 0.0), 0, "z({})" if self.moments else "{}"
+        self.name = " ".join(f"{'-' if w < 0 else '+'} {abs(w):g}*{part.format(name)}" for name, w in self.weights.items()).removeprefix("+ ")
 
     @property
     def failures(self):
@@ -256,9 +258,14 @@ class CombinedReward(Reward):
         return sum(reward.failures for reward in self.rewards.values())
 
     @property
+    def settled(self):
+        """Whether the statistics of all parts are complete."""
+        return all(moments.count >= self.warmup for moments in self.moments.values())
+
+    @property
     def lower_is_better(self):
         """Whether every part says so: more of an error rate, or less of a quality."""
-        return all((weight > 0) == self.rewards[name].lower_is_better for name, weight in self.weights.items() if weight)
+        return any(self.weights.values()) and all((weight > 0) == self.rewards[name].lower_is_better for name, weight in self.weights.items() if weight)
 
     def __call__(self, audio, lengths, sample_rate, texts):
         return self.combine(*self.parts(audio, lengths, sample_rate, texts)).to(audio.device)
@@ -316,8 +323,9 @@ def get_reward(formula, normalise="none", **options):
     """
     if not isinstance(formula, str):
         raise UserError(f"a reward is named by a string such as 'dnsmos', but got {formula!r:.80}")
-    if formula.strip().isidentifier() and normalise == "none":
-        return make_reward(formula.strip(), options)
+    if formula.strip().isidentifier():
+        reward = make_reward(name := formula.strip(), options)
+        return reward if normalise == "none" else CombinedReward({name: 1.0}, {name: reward}, normalise)
     weights = parse_formula(formula)
     for name, chosen in options.items():
         if name not in weights or not isinstance(chosen, dict):
