@@ -1,9 +1,11 @@
 """WaveGrad 2: agreement with the released implementation, padding, precision, files."""
+import importlib.util
 import json
 import os
 import pickle
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +137,50 @@ def test_decoder(base, ref, name):
     hidden = 0.25 * noise((2, 576, 4), "ref/dec/hidden")
     eps = base.predict_noise(ref[f"dec_q_sample_{name}"], hidden, ref[f"dec_noise_level_{name}"])
     assert_near(eps, ref[f"dec_eps_{name}"], DECODER)
+
+
+@pytest.mark.parametrize("name", ["step1", "step500", "step1000", "mixed"])
+@torch.no_grad()
+def test_plain_transcription(base, ref, name):
+    """What tools/bench compares our decoder with is the reference, too."""
+    plain = load_tool("plain_decoder").PlainDecoder(base.decoder.state_dict())
+    eps = plain(ref[f"dec_q_sample_{name}"], 0.25 * noise((2, 576, 4), "ref/dec/hidden"), ref[f"dec_noise_level_{name}"])
+    assert_near(eps, ref[f"dec_eps_{name}"], DECODER)
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "tools" / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradients_against_plain_transcription():
+    """Of the weights, the frames and the samples; long enough for the weights' gradient by taps."""
+    model, grads = narrow().double(), {}
+    plain = load_tool("plain_decoder").PlainDecoder(model.decoder.state_dict())
+    samples, frames, level = torch.randn(2, 300 * 30).double(), torch.randn(2, 28, 30).double(), torch.tensor([[0.3], [0.9]]).double()
+    for decode, decoder in ((model.predict_noise, model.decoder), (plain, plain)):
+        x, hidden = samples.clone().requires_grad_(), frames.clone().requires_grad_()
+        decode(x, hidden, level).square().mean().backward()
+        for key, value in [*decoder.named_parameters(), ("x", x), ("hidden", hidden)]:
+            grads.setdefault(key.replace("/", "."), []).append(value.grad)
+    for key, (ours, theirs) in grads.items():
+        assert (ours - theirs).norm() < 1e-10 * theirs.norm(), key
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(preconditioned=True, data_std=0.2), LARGE])
+def test_same_bits_with_and_without_gradients(changes):
+    """What makes the first ratio after a rollout exactly 1."""
+    model = narrow(**changes)
+    x, hidden, level = torch.randn(3, 300 * 40), torch.randn(3, 28, 40), torch.tensor([[0.3], [0.8], [0.999]])
+    for frames in (None, torch.tensor([40, 1, 7])):
+        with torch.no_grad():
+            silent = model.predict_noise(x, hidden, level, frames)
+        assert torch.equal(model.predict_noise(x, hidden, level, frames).detach(), silent)
+        # nor does it matter how the frames lie in memory
+        other = hidden.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(model.predict_noise(x, other, level, frames).detach(), silent)
 
 
 def test_level_embedding(ref):
