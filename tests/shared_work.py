@@ -51,6 +51,7 @@ def look(method, exact):
     found["log"] = [{k: v for k, v in tuner.episode().items() if "seconds" not in k} for _ in range(3)]
     found["weights"] = torch.cat([p.detach().flatten() for p in tuner.parameters])
     found["heldout"] = heldout_reward(tuner, MORE)
+    found["heldout of one"] = heldout_reward(tuner, MORE[:1])  # the second process has none
     return found
 
 

@@ -46,6 +46,7 @@ def test_the_log_is_that_of_the_whole_batch(method, both):
     one, two = (found[method, True] for found in both)
     for a, b in zip(one["log"], two["log"], strict=True):
         assert list(a) == list(b) and a == pytest.approx(b, rel=1e-6, abs=1e-9)
+    assert one["heldout of one"] == pytest.approx(two["heldout of one"], rel=1e-6)
     assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-6) and set(one["heldout"]) == {"reward/heldout", "reward/heldout/loud", "reward/heldout/long"}
 
 
@@ -90,3 +91,13 @@ def test_processes_that_make_no_sense(flags, words):
     job = launch(*flags)
     _, said = job.communicate(timeout=200)
     assert job.returncode == 2 and all(word in said for word in words) and "Traceback" not in said
+
+
+def test_an_existing_run_is_refused_once_and_left_alone(tmp_path):
+    out = tmp_path / "run"
+    job = launch("--episodes", 1, "--out", out, *FLAGS)
+    assert job.communicate(timeout=300) and job.returncode == 0
+    before = (out / "metrics.jsonl").read_text()
+    job = launch("--episodes", 2, "--seed", 7, "--out", out, "--max-restarts", 1, *FLAGS)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 2 and said.count("already holds a run") == 1 and "Traceback" not in said and (out / "metrics.jsonl").read_text() == before

@@ -265,3 +265,9 @@ def test_low_rank_changes_are_saved_and_resumed(tmp_path):
     load_state(second, tmp_path / "state.pt")
     second.episode()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters))
+
+
+def test_bfloat16_sees_the_weights_of_each_step():
+    """Autocast keeps the casted weights as long as it lasts; the second inner epoch must not compute with those of the first."""
+    metrics = make_tuner(inner_epochs=2, learning_rate=1e-2, precision="bfloat16").episode()
+    assert metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0

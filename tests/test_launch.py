@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlpo_nb.core import asset
+from dlpo_nb.core import UserError, asset
+from dlpo_nb.evaluate import judge_options
+from dlpo_nb.launch import LaunchConfig, load_reward, texts_of
 from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +68,42 @@ def test_resume_goes_on(finished, tmp_path):
     whole = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
     halves = load_wavegrad2(out / "checkpoints" / "tuned.safetensors").state_dict()
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
+
+
+@pytest.mark.parametrize("flags, words", [(["--seed", "5"], ["--seed is 5", "begun with 0"]), (["--method", "ddpo"], ["--method is ddpo", "begun with dlpo"])])
+def test_a_run_is_not_gone_on_with_as_another(flags, words, finished):
+    before = (finished[0] / "config.json").read_text()
+    done = launch("--out", finished[0], "--resume", *flags)
+    assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+    assert (finished[0] / "config.json").read_text() == before
+
+
+def test_rewards_of_a_run():
+    """An error rate is capped where it is paid for, whole where it is reported; a sum of one is normalised too."""
+    assert "most" not in judge_options("dnsmos - 0.5*wer", LaunchConfig())["wer"] and judge_options("wer", LaunchConfig(), uncut=True)["most"] == float("inf")
+    reward = load_reward(LaunchConfig(reward="dnsmos", normalise="z"))
+    assert reward.name == "1*z(dnsmos)" and not reward.settled
+    with pytest.raises(UserError, match="less is better"):
+        load_reward(LaunchConfig(reward="wer"))
+
+
+def test_texts_of_a_corpus_and_of_the_watch():
+    folder = str(asset("speech_train"))
+    texts, heldout, watched = texts_of(LaunchConfig(texts=folder, watch_every=1, watch_texts=3))
+    assert len(texts) > 50 and len(heldout) == 64 and len(watched) == 3 and not set(watched) & set(heldout)
+    assert texts_of(LaunchConfig(watch_every=1, heldout=96, watch_from=folder))[2]
+    with pytest.raises(UserError, match="--watch-from"):
+        texts_of(LaunchConfig(watch_every=1, heldout=96))
+
+
+def test_dry_run_of_the_paper():
+    """Nothing is given, so all of it is stood in for; what a CPU cannot run is scaled up."""
+    done = launch("paper", "--dry-run", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    for word in ("random weights", "64 texts x 1", "1000 trailing steps", "scaled up", "CPU-hours", "memory"):
+        assert word in done.stdout
+    refused = launch("paper")
+    assert refused.returncode == 2 and all(word in refused.stderr for word in ("--base-checkpoint", "--corpus", "--dry-run")) and "Traceback" not in refused.stderr
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -133,6 +171,10 @@ def broken_files(folder):
     (["--out", "{}/file/run"], ["file"]),
     (["--out", "{}/nothing", "--resume"], ["nothing"]),
     (["--nisqa-weights", "{}/none.tar"], ["none.tar"]),
+    (["--reward", "wer"], ["less is better"]),
+    (["--max-grad-norm", "inf"], ["--max-grad-norm"]),
+    (["--lora-rank", "2", "--trainable", "all"], ["--lora-rank"]),
+    (["--nnodes", "2", "--rdzv-endpoint", "node0", "--out", "{}/run"], ["HOST:PORT"]),
 ])
 def test_bad_input_is_one_clear_sentence(flags, words, tmp_path):
     folder = broken_files(tmp_path / "bad")
