@@ -277,8 +277,8 @@ def train(tuner, run, config, watched=()):
     try:
         finetune(tuner, on_episode)
     except KeyboardInterrupt:
-        where = f"; go on with --out {run.path} --resume" if run else ""
-        raise UserError(f"interrupted after episode {tuner.next_episode} of {config.episodes}{where}") from None
+        where = run.path if run else config.out
+        raise UserError(f"interrupted after episode {tuner.next_episode} of {config.episodes}; go on with --out {where} --resume") from None
     finally:
         if board:
             board.close()
@@ -408,9 +408,9 @@ def dry_run(preset, config, device):
 def begin(preset, config, tuner):
     "The run directory, with the tuner where it is to go on from; None in the processes that do not write."
     def first():
-        run, going_on = open_run(preset, config), goes_on(config)
+        run = open_run(preset, config)
         run.write_json("config.json", {"preset": preset, **asdict(config)})
-        if not going_on:
+        if not (run.path / "environment.json").exists():
             run.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
         state = load_last(tuner, run.path / "checkpoints") # in a new run there is none
         run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
