@@ -64,7 +64,8 @@ class MethodSettings:
 BETAS = {"dlpo": 0.5, "onlydl": 0.5, "dpok": 0.1, "klinr": 0.1}
 SHIPPED = ("rwr", "ddpo", "dpok", "klinr", "dlpo", "onlydl", "released")
 POLICY_GRADIENT = ("ddpo", "dpok", "klinr", "dlpo")
-OPTIONS = dict(advantage=POLICY_GRADIENT, estimator=POLICY_GRADIENT, clip_range=POLICY_GRADIENT, beta=("dpok", "klinr", "dlpo", "onlydl"), kl_form=("dpok",), rwr_weights=("rwr",), tau=("rwr",), penalty_parts=("dlpo", "onlydl"),
+OPTIONS = dict(advantage=POLICY_GRADIENT, estimator=POLICY_GRADIENT, clip_range=POLICY_GRADIENT,
+               beta=("dpok", "klinr", "dlpo", "onlydl"), kl_form=("dpok",), rwr_weights=("rwr",), tau=("rwr",), penalty_parts=("dlpo", "onlydl"),
                dl_source=("dlpo", "onlydl", "rwr", "released"), duration_weight=("dlpo", "onlydl", "released"))
 
 

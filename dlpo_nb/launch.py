@@ -338,18 +338,19 @@ def stand_in_reward(config):
     from dlpo_nb.evaluate import judge_options
     from dlpo_nb.rewards.utmos import UTMOS, find_utmos_weights
 
+    say = print if rank() == 0 else lambda line: None
     weights, parts = parse_formula(config.reward), {}
     for name, weight in weights.items():
         if name == "utmos" and not (config.utmos_weights or find_utmos_weights()):
             parts[name] = UTMOS.untrained(config.device)
-            print("stand-in: a UTMOS with random weights") if rank() == 0 else None
+            say("stand-in: a UTMOS with random weights")
             continue
         try:
             parts[name] = get_reward(name, **judge_options(name, config))
         except UserError as error:
             if weight:
                 raise
-            print(f"left out: {error}") if rank() == 0 else None
+            say(f"left out: {error}")
     reward = CombinedReward({name: weights[name] for name in parts}, parts, config.normalise)
     check_as_reward(reward)
     return reward

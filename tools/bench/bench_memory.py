@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench_episode import Config, level, texts_of
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner
 from dlpo_nb.launch import PRESETS, load_recordings, memory, stand_in_base
-from dlpo_nb.text import prompts, text_to_ids
 
 SETTINGS = {
     "weights, reference, optimiser": dict(micro_batch=0),
@@ -29,25 +29,12 @@ SETTINGS = {
 SYMBOLS, HOP, RATE = 80, 300, 22050
 
 
-def level(audio, lengths, rate, texts):
-    """A reward that costs nothing."""
-    return torch.stack([a[:n].square().mean() for a, n in zip(audio, lengths)])
-
-
-def text_of(number):
-    """A text of about SYMBOLS symbols."""
-    words, text = " ".join(prompts("train")).replace(".", "").split()[30 * number :], ""
-    while len(text_to_ids(text or "a")) < SYMBOLS:
-        text = f"{text} {words.pop(0)}".strip()
-    return text + "."
-
-
 def peak(options):
     """Gigabytes of a process that has made one update of as many rollouts as are computed at once."""
     count = options["micro_batch"]
     paper = replace(PRESETS["paper"], corpus="packaged", batch_size=max(count, 2), rollout_steps=3, train_steps="last:1", guidance_steps=1, guidance_frames=0,
                     **{**options, "micro_batch": max(count, 1)}).resolved()
-    tuner = Finetuner(paper, stand_in_base(), level, [text_of(n) for n in range(paper.batch_size)], load_recordings(paper))
+    tuner = Finetuner(paper, stand_in_base(), level, texts_of(Config(batch_size=paper.batch_size, symbols=SYMBOLS)), load_recordings(paper))
     if count == 0: # as after a step: the moments are there, and no activations
         for p in tuner.parameters:
             p.grad = torch.zeros_like(p)

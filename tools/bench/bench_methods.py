@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from bench_episode import level
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner, FinetuneConfig
@@ -15,11 +16,6 @@ from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.text import prompts
 
 PHASES = ("seconds/rollout", "seconds/update", "seconds")
-
-
-def level(audio, lengths, rate, texts):
-    """A reward that costs nothing."""
-    return torch.stack([a[:n].square().mean() for a, n in zip(audio, lengths)])
 
 
 def main():
