@@ -189,7 +189,7 @@ class PretrainConfig:
     warmup_steps: int = 300  # steps until the learning rate is at its peak
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # gradient norm above which gradients are scaled down
-    precision: Literal["bf16", "float32"] = "bf16"  # what layers compute in; weights and losses are float32
+    precision: Literal["bfloat16", "float32"] = "bfloat16"  # what layers compute in; weights and losses are float32
     reference: bool = False  # train as the released code does, its faults included; sets its batch, window, optimiser, ... where no flag does
     seed: int = 0  # of the weights, the data order, the noise and the dropout
     held_out: int = 32  # utterances of the held-out loss: the first of --validation, or kept from training (at most a tenth)
@@ -302,7 +302,7 @@ def batch_losses(model, batch, precision, reference=False):
     "(denoising loss, duration loss) of a `window_batch`, 0-d float32: what its rows add to those of the whole batch."
     rows, starts, (windows, symbols) = batch["rows"], batch["starts"], batch["share"]
     size = batch["audio"].shape[1] // model.hop
-    with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         said = model.condition(batch["ids"], batch["lengths"], batch["durations"], reference_padding=reference)
         hidden = F.pad(said.hidden, (0, size))[rows]
         place = (starts[:, None] + torch.arange(size, device=starts.device))[:, None].expand(-1, hidden.shape[1], -1)

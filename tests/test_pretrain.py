@@ -47,7 +47,7 @@ def weights(path):
 
 
 @pytest.mark.parametrize("first, changes", [
-    (2, dict(precision="float32")), (1, dict(optimiser="adamw", precision="float32")), (3, dict(precision="bf16")),
+    (2, dict(precision="float32")), (1, dict(optimiser="adamw", precision="float32")), (3, dict(precision="bfloat16")),
     (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12})])
 def test_resume_is_exact(config, tmp_path, first, changes):
     whole = replace(config, **changes)
@@ -297,8 +297,8 @@ def test_reference_sets_what_no_flag_says():
 def test_bfloat16_trains_with_float32_losses_and_weights(config):
     run = Pretraining(config)
     batch = Steps(config, run.items, 300)[0]
-    losses = {precision: torch.stack(batch_losses(run.average, batch, precision)) for precision in ("float32", "bf16")}
-    assert losses["bf16"].dtype == torch.float32 and not torch.equal(*losses.values())
+    losses = {precision: torch.stack(batch_losses(run.average, batch, precision)) for precision in ("float32", "bfloat16")}
+    assert losses["bfloat16"].dtype == torch.float32 and not torch.equal(*losses.values())
     torch.testing.assert_close(*losses.values(), rtol=0.03, atol=0)
     train_step(run, batch)
     assert {p.dtype for p in run.model.parameters()} == {p.grad.dtype for p in run.model.parameters()} == {torch.float32}
