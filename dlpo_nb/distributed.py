@@ -103,6 +103,9 @@ def join(device: str = "auto") -> torch.device:
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
     if not dist.is_initialized():
+        # its functions take the group that exists on import as their default and would keep it past `leave`; torch.optim imports it late
+        import torch.distributed.nn  # noqa: F401
+
         store, number, count = next(dist.rendezvous("env://"))
         # torchrun keeps the store when it starts processes again, and with it the addresses of the dead
         BOARD.append(dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
@@ -112,7 +115,7 @@ def join(device: str = "auto") -> torch.device:
 
 
 def leave():
-    "Leave the other processes."
+    "Leave the other processes; gloo's threads end here, since at the interpreter's end they would abort it."
     if dist.is_initialized():
         dist.destroy_process_group()
 

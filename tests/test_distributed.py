@@ -13,6 +13,7 @@ import torch
 from dlpo_nb.finetune import SHIPPED
 
 HERE = Path(__file__).resolve().parent
+FLAGS = ["--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,6 @@ def test_the_log_is_that_of_the_whole_batch(method, both):
     assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-6) and set(one["heldout"]) == {"reward/heldout", "reward/heldout/loud", "reward/heldout/long"}
 
 
-FLAGS = ["--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node", "2", "--device", "cpu"]
 
 
 def launch(*flags, **options):
@@ -76,6 +76,18 @@ def test_a_lost_process_is_started_again(tmp_path):
     assert job.returncode == 0, said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for threads in /proc")
+@pytest.mark.parametrize("flags", [
+    ["dlpo_nb.launch", "--episodes", "1", *FLAGS],
+    ["dlpo_nb.pretrain", "--corpus", HERE / "data" / "corpus_tiny", "--steps", "1", "--batch-size", "2", "--window-frames", "16", "--sample-every", "0",
+     "--device", "cpu"]], ids=["launch", "pretrain"])
+def test_no_thread_of_gloo_is_left_behind(flags, tmp_path):
+    """One that is still letting go of a tensor when the interpreter ends aborts the process (pytorch/pytorch#190489)."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "leaving.py", *flags,
+                           "--out", tmp_path / "run"], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_sentence_from_many_processes(tmp_path):
