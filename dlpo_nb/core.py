@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'run_main', 'Registry', 'set_seed', 'keyed_generator', 'pick_device', 'asset', 'environment',
-           'atomic_write', 'plain', 'read_jsonl', 'append_jsonl', 'RunDir']
+           'atomic_write', 'save_tensors', 'plain', 'read_jsonl', 'append_jsonl', 'RunDir']
 
 # %% ../nbs/00_core.ipynb #80ff5065
 import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import operator
@@ -159,6 +160,14 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def save_tensors(value, path):
+    "What torch.save writes, whole or not at all; `torch.load(weights_only=True)` reads it where `value` holds tensors and plain data."
+    content = io.BytesIO() # torch's own writer says of a full disk only that something was unexpected
+    torch.save(value, content)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
 def plain(value):
     "`value` as JSON can hold it: dataclasses to dicts, arrays to lists, paths to str, and nan and inf to None."
     if is_dataclass(value) and not isinstance(value, type):
@@ -236,11 +245,11 @@ class RunDir:
     def append_metrics(self, row): append_jsonl(self.path / "metrics.jsonl", row)
     def metrics(self): return read_jsonl(self.path / "metrics.jsonl")
 
-    def trim_metrics(self, episodes):
-        "Keep the rows of the first `episodes` episodes; a run that was stopped between a row and its state goes on from the state."
+    def trim_metrics(self, end, key="episode"):
+        "Keep the rows before `end`; a run that was stopped between a row and its state goes on from the state."
         if not (self.path / "metrics.jsonl").exists():
             return
-        rows = [row for row in self.metrics() if row["episode"] < episodes]
+        rows = [row for row in self.metrics() if row[key] < end]
         with atomic_write(self.path / "metrics.jsonl") as temporary:
             temporary.touch()
             for row in rows:

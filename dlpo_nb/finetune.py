@@ -13,7 +13,6 @@ __all__ = ['BETAS', 'SHIPPED', 'POLICY_GRADIENT', 'OPTIONS', 'CHOICES', 'AT_LEAS
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
-import io
 import math
 import time
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from .core import UserError, atomic_write, keyed_generator
+from .core import UserError, keyed_generator, save_tensors
 from .data import collate
 from .diffusion import NoiseSchedule
 from .distributed import add_up, fail_together, gather, gather_rows, rank, share, world_size
@@ -604,11 +603,8 @@ def drift(tuner, texts: list) -> dict:
 
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
-    "Write the state of a run atomically."
-    written = io.BytesIO() # torch's own writer says of a full disk only that something was unexpected
-    torch.save(tuner.state_dict(), written)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(written.getbuffer())
+    "Write the state of a run, whole or not at all."
+    save_tensors(tuner.state_dict(), path)
 
 
 def load_state(tuner, path):

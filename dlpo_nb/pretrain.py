@@ -9,11 +9,10 @@ __all__ = ['NARROW', 'EDGES', 'REFERENCE', 'FREE', 'VALIDATION_STEPS', 'draw_lev
            'batch_losses', 'sum_gradients', 'lend_stress', 'first_model', 'Pretraining', 'save_base', 'write_state',
            'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'judges', 'score', 'report_samples',
            'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag', 'ignore_interrupts',
-           'batches', 'agree', 'fit', 'drop_later_rows', 'write_beginning', 'prepare', 'pretrain', 'main']
+           'batches', 'agree', 'fit', 'write_beginning', 'prepare', 'pretrain', 'main']
 
 # %% ../nbs/09_pretrain.ipynb #f2287374
 import copy
-import io
 import itertools
 import json
 import math
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
-from .core import RunDir, UserError, asset, atomic_write, environment, keyed_generator, plain, run_main, set_seed
+from .core import RunDir, UserError, asset, environment, keyed_generator, plain, run_main, save_tensors, set_seed
 from .data import load_corpus
 from .diffusion import NoiseSchedule
 from .distributed import add_up, first_does, join, rank, restarted, run_process, share, start_processes, under_torchrun, world_size
@@ -394,10 +393,7 @@ def write_state(run):
         config=plain(run.config), utterances=len(run.items), step=run.step, seconds=run.seconds, sums=run.sums,
         validation=run.validation, model=run.model.state_dict(), average=run.average.state_dict(),
         optimisers=[optimiser.state_dict() for optimiser in run.optimisers])
-    content = io.BytesIO()
-    torch.save(state, content)  # to a file it would not say that the disk is full
-    with atomic_write(run.folder.path / "state.pt") as path:
-        path.write_bytes(content.getbuffer())
+    save_tensors(state, run.folder.path / "state.pt")
     save_base(run)
 
 
@@ -650,18 +646,9 @@ def fit(
         raise KeyboardInterrupt
 
 # %% ../nbs/09_pretrain.ipynb #ffc5a709
-def drop_later_rows(run):
-    "Removes rows of metrics.jsonl from after the state that a killed run goes on from."
-    path = run.folder.path / "metrics.jsonl"
-    if path.exists():
-        rows = [row for row in run.folder.metrics() if row["step"] <= run.step]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def write_beginning(run):
     "What the folder of a run has before its first step, or before it goes on."
-    drop_later_rows(run)
+    run.folder.trim_metrics(run.step + 1, "step")
     run.folder.write_json("config.json", run.config)
     run.folder.write_json("environment.json", environment() | {"processes": world_size()})
 
