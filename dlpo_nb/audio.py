@@ -13,6 +13,7 @@ import importlib
 import io
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -84,8 +85,11 @@ def write_audio(path, audio, sample_rate=SAMPLE_RATE):
     "Writes mono `audio` (N,) in [-1, 1], clipped there, in the format the suffix names (.wav and .flac: 16 bit)."
     if not torch.isfinite(audio).all():
         raise UserError(f"audio for {path} holds nan or inf: the model that made it has diverged; use an earlier checkpoint")
+    samples = audio.detach().float().cpu().clamp(-1, 1).numpy()
+    if Path(path).suffix in (".wav", ".flac"):
+        samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16) # libsndfile would round down
     try:
-        soundfile.write(path, audio.detach().float().cpu().clamp(-1, 1).numpy(), sample_rate)
+        soundfile.write(path, samples, sample_rate)
     except (OSError, ValueError, TypeError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot write audio to {path}: {error}; use a folder that exists and .wav, .flac or .mp3") from error
 

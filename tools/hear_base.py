@@ -1,4 +1,4 @@
-"""How much of the base a recogniser understands: `python tools/hear_base.py CORPUS`.
+"""How much of a base a recogniser understands: `python tools/hear_base.py CORPUS [CHECKPOINT]` (without one: the packaged base).
 
 CORPUS is the speaker's own reading of the held-out prompts, see tools/make_speaker_reference.py. Pooled word error rate of
 pocketsphinx, an old recogniser that can only show a collapse, on held-out prompts 65 to 88 (the longer ones), 25 steps, seed 0.
@@ -21,7 +21,7 @@ from dlpo_nb.wavegrad2.model import load_wavegrad2
 def main():
     texts = prompts("heldout")[64:88]
     items = {item.text: item.audio for item in load_corpus(sys.argv[1]).items}
-    model, judge = load_wavegrad2(asset("tiny_base.safetensors")), WER("pocketsphinx")
+    model, judge = load_wavegrad2(sys.argv[2] if len(sys.argv) > 2 else asset("tiny_base.safetensors")), WER("pocketsphinx")
     spoken = {"speaker": [torch.from_numpy(items[text] / np.float32(32767)) for text in texts],
               "base": synthesise_all(model, texts, NoiseSchedule.linear().respaced(25, "geometric"), 0)}
     for name, audio in spoken.items():
