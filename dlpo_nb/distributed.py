@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'gather', 'from_first', 'add_up', 'share', 'gather_rows', 'fail_together',
-           'first_does', 'under_torchrun', 'join', 'leave', 'told', 'run_process', 'restarted', 'start_processes']
+           'first_does', 'under_torchrun', 'join', 'leave', 'told', 'run_process', 'begun_here', 'start_processes']
 
 # %% ../nbs/41_distributed.ipynb #a57517dd
 import os
@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .core import UserError, pick_device
+from .core import RunDir, UserError, pick_device
 
 # %% ../nbs/41_distributed.ipynb #14a4da5f
 def rank() -> int:
@@ -107,8 +107,12 @@ def join(device: str = "auto") -> torch.device:
         import torch.distributed.nn  # noqa: F401
 
         store, number, count = next(dist.rendezvous("env://"))
-        # torchrun keeps the store when it starts processes again, and with it the addresses of the dead
-        BOARD.append(dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            if store.add("stopped", 0): # a process has said why the run cannot go on; to start it again changes nothing
+                raise SystemExit(2)
+            # torchrun keeps this store when it starts processes again, and with it the addresses of the dead
+            store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        BOARD.append(store)
         backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=BOARD[-1], rank=number, world_size=count, timeout=PATIENCE)
     return found
@@ -127,7 +131,10 @@ PATIENCE = timedelta(hours=12) # others wait while the first evaluates; a proces
 def told(by_me: bool) -> int:
     "How many processes have had to say why they stop, this one included if `by_me`."
     if BOARD:
-        return BOARD[-1].add("told", int(by_me))
+        try:
+            return BOARD[-1].add("told", int(by_me))
+        except RuntimeError: # the board went down with the first process, which has spoken
+            return int(by_me) + 1
     return int(by_me) + (int(os.environ.get("LOCAL_RANK", 0)) > 0) # before they meet, the first on each machine speaks
 
 
@@ -138,6 +145,8 @@ def run_process(work):
     except (UserError, KeyboardInterrupt) as error:
         if told(by_me=True) > 1:
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
+        if BOARD and isinstance(BOARD[-1], dist.PrefixStore):
+            BOARD[-1].underlying_store.add("stopped", 1)
         raise
     except RuntimeError as error:
         if world_size() > 1 and told(by_me=False): # only that the others are gone
@@ -147,9 +156,13 @@ def run_process(work):
         leave()
 
 # %% ../nbs/41_distributed.ipynb #bcbe1884
-def restarted() -> bool:
-    "Whether torchrun has started this process again after one was lost."
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def begun_here(folder) -> bool:
+    "Whether the run in `folder` was begun by this very command, whose processes torchrun has started again after one was lost."
+    run = RunDir(folder, create=False)
+    if not under_torchrun() or not (run.path / "environment.json").exists() or run.read_json("environment.json").get("torchrun") != os.environ["TORCHELASTIC_RUN_ID"]:
+        return False
+    # ids that people choose come again; then what lay there before must have been refused by `start_processes`' caller
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or "DLPO_STARTED" in os.environ
 
 
 def start_processes(
@@ -157,7 +170,7 @@ def start_processes(
     config, # has nproc_per_node, nnodes, max_restarts, threads, and out and rdzv_endpoint where several machines meet
     argv: list, # what the command was given
 ):
-    "Hand a command over to torchrun; the exit status is that of the run."
+    "Hand a command over to torchrun, once it is known that it would write over no other run; the exit status is that of the run."
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -166,6 +179,9 @@ def start_processes(
     where = ["--standalone"]
     if config.nnodes > 1:
         where = ["--nnodes", str(config.nnodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", str(config.out)]
+        # a shared store would need a name for each start, and each machine counts its own
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["DLPO_STARTED"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(config.threads or max(1, (os.cpu_count() or 1) // config.nproc_per_node)))
     try:
         torchrun.main([*where, "--nproc-per-node", str(config.nproc_per_node), "--max-restarts", str(config.max_restarts), "-m", module, *argv])

@@ -87,7 +87,7 @@ class FinetuneSettings(MethodSettings):
     episodes: int = 20 # updates, each on a fresh batch of rollouts
     batch_size: int = 32 # rollouts an episode (texts x group size)
     group_size: int = 8 # rollouts of each text
-    micro_batch: int = 8 # rollouts computed at once, whole groups; more is faster on a GPU and takes more memory, the result is the same
+    micro_batch: int = 8 # rollouts held in memory at once, whole groups; those of equal length (a group) are one call of the network; the result is the same
     fork: int = 3 # rollouts of a text share the chain above this step; 0: each runs its own chain
     rollout_steps: int = 10 # K, denoising steps of a rollout
     spacing: str = "geometric" # how the K steps are chosen: geometric or trailing
@@ -98,7 +98,7 @@ class FinetuneSettings(MethodSettings):
     trainable: str = "decoder" # decoder or all
     lora_rank: int = 0 # train a change of this rank on the decoder's convolutions, the reference is the model without it; 0: train the weights themselves
     lora_alpha: float = 8.0 # scale of that change, divided by the rank
-    precision: str = "float32" # of the network: float32, or bfloat16 by autocast, faster on a GPU; log-probabilities are float32 either way
+    precision: str = "float32" # of the network in rollouts and updates: float32, or bfloat16 by autocast; log-probabilities are float32 either way
     seed: int = 0 # of texts, noise and shuffling
 
     def resolved(self):
@@ -126,7 +126,7 @@ def check_values(c):
     for name in AT_LEAST_ONE:
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}; it must be at least 1.")
-    for name in ("tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm"):
+    for name in ("tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm", "lora_alpha"):
         if getattr(c, name) is not None and not getattr(c, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(c, name)}; it must be above 0.")
     for name, value in vars(c).items():

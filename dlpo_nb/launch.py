@@ -6,10 +6,12 @@
 __all__ = ['PRESETS', 'MANUAL', 'SAME', 'NEEDED', 'LaunchConfig', 'parse', 'check_same', 'read_flags', 'stored_config',
            'check_given', 'load_base', 'load_reward', 'load_texts', 'load_recordings', 'goes_on', 'open_run', 'banner',
            'tensorboard', 'metadata', 'train', 'judges', 'evaluate_run', 'SteadyPace', 'stand_in_base',
-           'stand_in_reward', 'stand_ins', 'affordable', 'memory', 'dry_run', 'begin', 'finish', 'texts_of', 'launch',
-           'check_before', 'main']
+           'stand_in_texts', 'stand_in_reward', 'stand_ins', 'affordable', 'memory', 'projected', 'dry_run', 'begin',
+           'finish', 'texts_of', 'launch', 'check_before', 'main']
 
 # %% ../nbs/42_launch.ipynb #93b633dc
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,13 +27,13 @@ from .audio import SAMPLE_RATE, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
 from .core import RunDir, UserError, asset, environment, read_jsonl, run_main
 from .data import load_corpus
-from .distributed import first_does, gather, join, rank, restarted, run_process, start_processes, under_torchrun, world_size
+from .distributed import begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size
 from .finetune import Finetuner, FinetuneConfig, drift, finetune, load_state
 from .lora import merged
 from .rewards import get_reward
 from .rewards.base import CombinedReward, as_reward, check_as_reward, parse_formula
 from .text import prompts, read_texts, text_to_ids
-from .wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2, save_wavegrad2
+from .wavegrad2.model import load_wavegrad2, save_wavegrad2
 
 # %% ../nbs/42_launch.ipynb #8b087547
 @dataclass
@@ -78,9 +80,12 @@ class LaunchConfig(FinetuneConfig):
 PRESETS = {
     "tiny": LaunchConfig(),
     "tiny-paper": LaunchConfig(beta=1.0, guidance_steps=10),
+    "small": LaunchConfig(
+        base_checkpoint="", max_words=8, batch_size=128, group_size=8, rollout_steps=25, train_steps="random:5", fork=0, micro_batch=32, episodes=100,
+        watch_every=10, precision="bfloat16"),
     "paper": LaunchConfig(
         base_checkpoint="", texts="", corpus="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa", beta=1.0, guidance_steps=10,
-        train_steps="random:10", rollout_steps=1000, spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch=16, advantage="batch",
+        train_steps="random:10", rollout_steps=1000, spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch=4, advantage="batch",
         episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32),
 }
 
@@ -90,6 +95,7 @@ MANUAL = """Fine-tune a text-to-speech diffusion model by reinforcement learning
 A PRESET may come first: python -m dlpo_nb.launch [PRESET] [OPTIONS].
   tiny (the default): the packaged base and prompts on a CPU, within 10 minutes, nothing to download.
   tiny-paper: the same with the paper's alpha = beta = 1 and its 10 noise levels in the penalty.
+  small: a base that python -m dlpo_nb.pretrain --arch small has made, on one GPU; it needs --base-checkpoint.
   paper: WaveGrad 2 Base on LJSpeech with UTMOS as reward and NISQA logged beside it, on GPUs; it needs --base-checkpoint,
     --corpus, --texts, --heldout-texts, --watch-from (made by python -m dlpo_nb.ljspeech), --utmos-weights and --nisqa-weights.
     --rollout-steps 50 samples with a twentieth of the steps.
@@ -128,7 +134,7 @@ def parse(argv=None):
     return preset, config
 
 
-SAME = ("method", "reward", "normalise", "base_checkpoint", "seed", "batch_size", "group_size", "rollout_steps", "spacing", "trainable", "lora_rank", "control")
+SAME = ("method", "reward", "normalise", "base_checkpoint", "seed", "batch_size", "group_size", "rollout_steps", "spacing", "trainable", "lora_rank", "lora_alpha", "control")
 
 
 def check_same(stored, config):
@@ -154,7 +160,7 @@ def stored_config(out):
         raise UserError(f"there is no run to go on with in {out} (no readable config.json); check --out or start it without --resume.") from error
 
 # %% ../nbs/42_launch.ipynb #9441d9d1
-NEEDED = {"base_checkpoint": "the checkpoint of WaveGrad 2 Base", "texts": "train texts", "heldout_texts": "texts of the evaluation",
+NEEDED = {"base_checkpoint": "the checkpoint of the base", "texts": "train texts", "heldout_texts": "texts of the evaluation",
           "corpus": "the recorded speech"}
 
 
@@ -209,10 +215,7 @@ def load_recordings(config):
 # %% ../nbs/42_launch.ipynb #20f61c08
 def goes_on(config):
     "Whether there is a run to go on with: by --resume, or since torchrun has started this process again after one was lost."
-    if not restarted() or not config.out or not (Path(config.out) / "config.json").exists():
-        return config.resume
-    # somebody else's run may lie there
-    return config.resume or os.environ["TORCHELASTIC_RUN_ID"] == RunDir(config.out).read_json("environment.json").get("torchrun")
+    return config.resume or bool(config.out) and (Path(config.out) / "config.json").exists() and begun_here(config.out)
 
 
 def open_run(preset, config):
@@ -271,8 +274,9 @@ def train(tuner, run, config, watched=()):
         if "reward/heldout" in metrics and as_reward(tuner.reward).settled:
             keep_best(tuner, run.path / "checkpoints", metrics["reward/heldout"], metadata(config))
         save_last(tuner, run.path / "checkpoints")
-        for name, value in metrics.items() if board else ():
-            board.add_scalar(name, value, metrics["episode"])
+        with contextlib.suppress(OSError): # curves are a comfort; what a full disk must not take stands above
+            for name, value in metrics.items() if board else ():
+                board.add_scalar(name, value, metrics["episode"])
 
     try:
         finetune(tuner, on_episode)
@@ -280,8 +284,9 @@ def train(tuner, run, config, watched=()):
         where = run.path if run else config.out
         raise UserError(f"interrupted after episode {tuner.next_episode} of {config.episodes}; go on with --out {where} --resume") from None
     finally:
-        if board:
-            board.close()
+        with contextlib.suppress(OSError): # the disk may be full, which has been said
+            if board:
+                board.close()
     if run:
         save_wavegrad2(merged(tuner.model), run.path / "checkpoints" / "tuned.safetensors", metadata(config))
 
@@ -325,14 +330,27 @@ class SteadyPace(torch.nn.Module):
         return torch.full(x.shape[:2], self.seconds, device=x.device)
 
 
-def stand_in_base():
-    "WaveGrad 2 Base with random weights that speaks six frames a symbol."
+def stand_in_base(arch="base"):
+    "A model of that size with random weights that speaks six frames a symbol."
+    from dlpo_nb.pretrain import new_model
+
     torch.manual_seed(0)
-    model = WaveGrad2(WaveGrad2Config()).eval()
+    model = new_model(arch).eval()
     model.resampling.duration_predictor = SteadyPace(6 / model.config.frame_rate)
     return model
 
 
+def stand_in_texts(count=64, shortest=24, longest=136):
+    "Texts of LJSpeech's length, 80 symbols in the mean, from the words of the packaged ones."
+    words, texts = itertools.cycle(" ".join(prompts("train")).replace(".", "").split()), []
+    for place in range(count):
+        text = next(words)
+        while len(text_to_ids(text)) < shortest + (longest - shortest) * place / max(1, count - 1):
+            text += f" {next(words)}"
+        texts.append(f"{text}.")
+    return texts
+
+# %% ../nbs/42_launch.ipynb #47ce5cd7
 def stand_in_reward(config):
     "The reward, with an untrained UTMOS where there are no weights for one, and without parts that are only logged and cannot be had."
     from dlpo_nb.evaluate import judge_options
@@ -356,10 +374,14 @@ def stand_in_reward(config):
     return reward
 
 
-def stand_ins(config):
-    "What a dry run takes where something was not given: a config with the packaged texts and speech, the base and the reward."
-    config = replace(config, **{name: getattr(config, name) or "packaged" for name in ("texts", "heldout_texts", "corpus")})
-    return config, load_base(config) if config.base_checkpoint else stand_in_base(), stand_in_reward(config)
+def stand_ins(preset, config):
+    "What a dry run takes where something was not given: a config with packaged held-out texts and speech, the texts, the base and the reward."
+    given = [name for name, what in (("base", config.base_checkpoint), ("texts", config.texts)) if not what]
+    if given and rank() == 0:
+        print(f"stand-in: {' and '.join(given)} of the size that the preset wants")
+    texts = load_texts(config.texts, "train", config.max_words) if config.texts else stand_in_texts()
+    config = replace(config, **{name: getattr(config, name) or "packaged" for name in ("heldout_texts", "corpus")})
+    return config, texts, load_base(config) if config.base_checkpoint else stand_in_base("small" if preset == "small" else "base"), stand_in_reward(config)
 
 # %% ../nbs/42_launch.ipynb #768abde8
 def affordable(config, model, texts, device):
@@ -383,10 +405,16 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def projected(config, seconds):
+    "Seconds that the whole run will take by part: its episodes, of `seconds` by phase each, the looks at the held-out reward, the evaluation."
+    spoken = (seconds["rollout"] + seconds["reward"]) * world_size() / config.batch_size # an utterance in one process
+    looks = config.episodes // config.watch_every if config.watch_every else 0
+    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * spoken / world_size(), "evaluation": 2 * config.heldout * spoken}
+
+# %% ../nbs/42_launch.ipynb #c6833e1f
 def dry_run(preset, config, device):
     "Two episodes, and what the whole run will cost."
-    whole, model, reward = stand_ins(config)
-    texts = load_texts(whole.texts, "train", whole.max_words)
+    whole, texts, model, reward = stand_ins(preset, config)
     config, short, factors = affordable(whole, model, texts, device)
     tuner = Finetuner(config, model, reward, short, load_recordings(whole), device)
     if rank() == 0:
@@ -398,21 +426,24 @@ def dry_run(preset, config, device):
     peak = max(gather(memory(device)))
     if rank() == 0:
         seconds = {phase: factor * metrics[f"seconds/{phase}"] for phase, factor in factors.items()}
-        hours = whole.episodes * sum(seconds.values()) / 3600
         for phase, cost in seconds.items():
             print(f"  {phase:8s} {cost:9.1f} s an episode")
+        print(f"  memory   {peak:9.1f} GB a process, at most{' in the part that was measured' if config.batch_size < whole.batch_size else ''}")
+        parts = projected(whole, seconds)
+        for part, cost in parts.items():
+            print(f"  {part:10s} {cost / 60:7.1f} minutes")
+        hours = sum(parts.values()) / 3600
         cost = f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
-        print(f"  memory   {peak:9.1f} GB a process, at most\n  {whole.episodes} episodes: about {cost}, {hours * world_size():.2f} {device.type.upper().replace('CUDA', 'GPU')}-hours, "
-              "then the evaluation. Nothing was written.")
+        print(f"  {whole.episodes} episodes and all: about {cost}, {hours * world_size():.2f} {device.type.upper().replace('CUDA', 'GPU')}-hours. Nothing was written.")
 
 # %% ../nbs/42_launch.ipynb #1a2f12c7
 def begin(preset, config, tuner):
     "The run directory, with the tuner where it is to go on from; None in the processes that do not write."
     def first():
         run = open_run(preset, config)
-        run.write_json("config.json", {"preset": preset, **asdict(config)})
         if not (run.path / "environment.json").exists():
             run.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
+        run.write_json("config.json", {"preset": preset, **asdict(config)}) # last: with it the folder holds a run
         state = load_last(tuner, run.path / "checkpoints") # in a new run there is none
         run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
         return run, state
@@ -453,6 +484,8 @@ def launch(preset, config):
     "Run a fine-tuning job from settings to report, in one process or in each of several."
     device = join(config.device)
     config.check() # now that it is known how many processes there are
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.out or config.dry_run):
+        raise UserError("a run that torchrun may start again needs --out, to find itself.")
     placed = replace(config, device=str(device))
     if config.threads:
         torch.set_num_threads(config.threads)

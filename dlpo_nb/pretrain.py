@@ -9,13 +9,14 @@ __all__ = ['NARROW', 'EDGES', 'REFERENCE', 'FREE', 'VALIDATION_STEPS', 'draw_lev
            'batch_losses', 'sum_gradients', 'lend_stress', 'first_model', 'Pretraining', 'save_base', 'write_state',
            'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'judges', 'score', 'report_samples',
            'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag', 'ignore_interrupts',
-           'batches', 'agree', 'fit', 'write_beginning', 'prepare', 'pretrain', 'main']
+           'batches', 'agree', 'fit', 'write_beginning', 'check_folder', 'prepare', 'pretrain', 'main']
 
 # %% ../nbs/09_pretrain.ipynb #f2287374
 import copy
 import itertools
 import json
 import math
+import os
 import pickle
 import signal
 import sys
@@ -36,7 +37,7 @@ from .audio import SAMPLE_RATE, write_audio
 from .core import RunDir, UserError, asset, environment, keyed_generator, plain, run_main, save_tensors, set_seed
 from .data import load_corpus
 from .diffusion import NoiseSchedule
-from .distributed import add_up, first_does, join, rank, restarted, run_process, share, start_processes, under_torchrun, world_size
+from .distributed import add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size
 from .text import SYMBOLS, pad_ids
 from .wavegrad2.encoder import length_mask
 from .wavegrad2.model import WaveGrad2, WaveGrad2Config, denoising_loss, duration_loss, load_wavegrad2, save_wavegrad2
@@ -351,6 +352,8 @@ class Pretraining:
     def __init__(self, config):
         check_config(config)
         self.config, self.device = config, join(config.device)
+        if config.batch_size < world_size():
+            raise UserError(f"--batch-size {config.batch_size} is less than the {world_size()} processes; each needs a window")
         items = load_corpus(config.corpus)
         kept = 0 if config.validation else min(config.held_out, max(1, len(items) // 10))
         self.held_out, self.items = items[:kept], items[kept:]
@@ -650,15 +653,20 @@ def write_beginning(run):
     "What the folder of a run has before its first step, or before it goes on."
     run.folder.trim_metrics(run.step + 1, "step")
     run.folder.write_json("config.json", run.config)
-    run.folder.write_json("environment.json", environment() | {"processes": world_size()})
+    run.folder.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
+
+
+def check_folder(config):
+    "UserError where training would write over another run."
+    if (config.out / "state.pt").exists() and not (config.resume or begun_here(config.out)):
+        raise UserError(f"{config.out} already holds a run; add --resume to go on with it, or give another --out")
 
 
 def prepare(config):
     "A `Pretraining` at its start, or where it left off with `resume`; UserError where it would write over another run."
+    check_folder(config)
     run = Pretraining(config)
     if (run.folder.path / "state.pt").exists():
-        if not (config.resume or restarted()):
-            raise UserError(f"{config.out} already holds a run; add --resume to go on with it, or give another --out")
         restore(run)
     first_does(lambda: judges(config))  # one that is not there is better missed now
     first_does(lambda: write_beginning(run))
@@ -677,6 +685,7 @@ def pretrain(config, progress=True):
 def main():
     config = parse()
     if config.nproc_per_node * config.nnodes > 1 and not under_torchrun():
+        check_folder(config)
         return start_processes("dlpo_nb.pretrain", config, sys.argv[1:])
     run_process(lambda: pretrain(config))
 

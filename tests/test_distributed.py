@@ -1,7 +1,9 @@
 """Two processes are one: the same gradients, updates and log, for every method; and a run that loses a process goes on."""
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +78,37 @@ def test_a_lost_process_is_started_again(tmp_path):
     assert job.returncode == 0, said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes with ps")
+def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
+    """Two agents on one machine; each counts its own restarts, so that their numbers differ afterwards."""
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--episodes", 3, "--out", out, "--max-restarts", 1, *FLAGS, "--nproc-per-node", 1, "--nnodes", 2, "--rdzv-endpoint", f"localhost:{port}"]
+    jobs = [launch(*flags, start_new_session=True) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 200
+        while not (out / "checkpoints" / "state-000001.pt").exists():
+            assert all(job.poll() is None for job in jobs) and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(workers(jobs[1].pid)[-1], signal.SIGKILL)
+        said = [job.communicate(timeout=300)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert [job.returncode for job in jobs] == [0, 0], said
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+
+
+def test_what_cannot_go_on_is_not_tried_again(tmp_path):
+    job = launch("--episodes", 2, "--learning-rate", 1e30, "--out", tmp_path / "run", "--max-restarts", 3, *FLAGS)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 2 and said.count("error:") == 1, said
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for threads in /proc")

@@ -411,6 +411,22 @@ def test_one_process_starts_and_two_go_on(config):
     assert all((one[k].double() - two[k].double()).abs().max() < 1e-5 for k in one)
 
 
+def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
+    config.out.mkdir()
+    (config.out / "state.pt").write_bytes(b"somebody's run")
+    done = in_two(command(config, "--steps", 1, "--max-restarts", 2))
+    assert done.returncode == 2 and done.stderr.count("already holds a run") == 1 and "Traceback" not in done.stderr, done.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", "2", *command(config, "--steps", 1)[1:]]
+    assert "already holds a run" in subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300).stderr
+    assert (config.out / "state.pt").read_bytes() == b"somebody's run"
+
+
+def test_torchrun_with_more_processes_than_windows(config):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = subprocess.run([*torchrun, *command(config, "--steps", 1, "--batch-size", 1)[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=300).stderr
+    assert "less than the 2 processes" in said and 'File "' not in said.split("error:")[0], said
+
+
 def test_two_processes_stop_together(config):
     process = subprocess.Popen(command(config, "--steps", 100000, "--log-every", 1, "--nproc-per-node", 2), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     metrics, limit = config.out / "metrics.jsonl", time.time() + 300

@@ -14,9 +14,9 @@ from roofline import ceilings, cost, seconds
 
 from dlpo_nb.core import environment, pick_device
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import PRESETS, load_base, load_recordings, memory, stand_in_base
+from dlpo_nb.launch import PRESETS, load_base, load_recordings, memory, stand_in_base, stand_in_texts
 from dlpo_nb.rewards.utmos import UTMOS
-from dlpo_nb.text import prompts, text_to_ids
+from dlpo_nb.text import text_to_ids
 
 PHASES = ("rollout", "reward", "update")
 SETTINGS = {
@@ -50,14 +50,7 @@ def level(audio, lengths, rate, texts):
 
 def texts_of(config):
     """As many texts as the batch has, of about the length asked for."""
-    words = " ".join(prompts("train")).replace(".", "").split()
-    found, place = [], 0
-    while len(found) < config.batch_size:
-        text = ""
-        while len(text_to_ids(text or "a")) < config.symbols:
-            text, place = f"{text} {words[place % len(words)]}".strip(), place + 1
-        found.append(text + ".")
-    return found
+    return stand_in_texts(config.batch_size, config.symbols, config.symbols)
 
 
 def tuner_of(config, settings, device):

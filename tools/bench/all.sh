@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The CPU benchmarks of results/bench/, half an hour on two quiet cores, and the notebooks that draw them: tools/bench/all.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+for name in decoder scaling memory dnsmos; do
+    "${PYTHON:-python}" "tools/bench/bench_$name.py"
+done
+"${PYTHON:-python}" tools/run_nb.py nbs/21_dnsmos.ipynb nbs/experiments/73_speed.ipynb
