@@ -25,7 +25,7 @@ import tyro
 
 from .audio import SAMPLE_RATE, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
-from .core import RunDir, UserError, asset, environment, read_jsonl, run_main
+from .core import RunDir, UserError, asset, base_path, environment, read_jsonl, run_main
 from .data import load_corpus
 from .distributed import begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size
 from .finetune import Finetuner, FinetuneConfig, drift, finetune, load_state
@@ -173,7 +173,7 @@ def check_given(config):
 
 def load_base(config):
     "The base model of a run."
-    path = asset("tiny_base.safetensors") if config.base_checkpoint == "tiny_base" else Path(config.base_checkpoint)
+    path = base_path(config.base_checkpoint)
     model = load_wavegrad2(path)
     if model.config.sample_rate != SAMPLE_RATE:
         raise UserError(f"{path} speaks at {model.config.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
@@ -510,7 +510,7 @@ def check_before(preset, config, argv):
         return argv
     check_given(config)
     texts_of(config)
-    if config.base_checkpoint != "tiny_base" and not Path(config.base_checkpoint).is_file():
+    if not base_path(config.base_checkpoint).is_file():
         raise UserError(f"there is no checkpoint at {config.base_checkpoint}; check --base-checkpoint.")
     out = str(open_run(preset, config).path)
     return argv if config.out else [*argv, "--out", out] # a run that is started again must find itself

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
-from .core import RunDir, UserError, asset, environment, keyed_generator, plain, run_main, save_tensors, set_seed
+from .core import RunDir, UserError, base_path, environment, keyed_generator, plain, run_main, save_tensors, set_seed
 from .data import load_corpus
 from .diffusion import NoiseSchedule
 from .distributed import add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size
@@ -339,7 +339,7 @@ def first_model(config):
     "The model that a run starts with: a fresh one, or a given base."
     model = new_model(config.arch, quiet=not config.reference)
     if config.start_from:
-        base = load_wavegrad2(asset("tiny_base.safetensors") if config.start_from == "tiny_base" else config.start_from)
+        base = load_wavegrad2(base_path(config.start_from))
         if base.config != model.config:
             raise UserError(f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with")
         model.load_state_dict(base.state_dict())

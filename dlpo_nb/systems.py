@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from .audio import SAMPLE_RATE, read_audio
-from .core import RunDir, UserError, asset
+from .core import RunDir, UserError, base_path
 from .rewards.base import LONGEST
 
 # %% ../nbs/48_systems.ipynb #8f563efd
@@ -134,12 +134,12 @@ def base_of_run(folder):
     base = RunDir(folder, create=False).read_json("config.json").get("base_checkpoint")
     if not base:
         raise UserError(f"{folder / 'config.json'} does not name a base_checkpoint; is this the folder of a fine-tuning run?")
-    return asset("tiny_base.safetensors") if base == "tiny_base" else Path(base)
+    return base_path(base)
 
 
 def as_system(given):
     "The `System` that a path or `tiny_base` names; UserError where it is none."
-    path = asset("tiny_base.safetensors") if str(given) == "tiny_base" else Path(given)
+    path = base_path(given)
     if path.is_dir() and (path / "config.json").is_file():
         tuned = path / "checkpoints" / "tuned.safetensors"
         if not tuned.is_file():

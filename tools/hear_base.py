@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dlpo_nb.audio import SAMPLE_RATE
-from dlpo_nb.core import asset
+from dlpo_nb.core import base_path
 from dlpo_nb.data import load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import synthesise_all
@@ -21,7 +21,7 @@ from dlpo_nb.wavegrad2.model import load_wavegrad2
 def main():
     texts = prompts("heldout")[64:88]
     items = {item.text: item.audio for item in load_corpus(sys.argv[1]).items}
-    model, judge = load_wavegrad2(sys.argv[2] if len(sys.argv) > 2 else asset("tiny_base.safetensors")), WER("pocketsphinx")
+    model, judge = load_wavegrad2(base_path(sys.argv[2] if len(sys.argv) > 2 else "tiny_base")), WER("pocketsphinx")
     spoken = {"speaker": [torch.from_numpy(items[text] / np.float32(32767)) for text in texts],
               "base": synthesise_all(model, texts, NoiseSchedule.linear().respaced(25, "geometric"), 0)}
     for name, audio in spoken.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlpo_nb.core import asset, environment
+from dlpo_nb.core import base_path, environment
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import measure, speaker_log_mels, synthesise_all
 from dlpo_nb.rewards import get_reward
@@ -23,13 +23,13 @@ SCHEDULES = ("geometric 25", "geometric 10", "geometric 50", "trailing 25", "tra
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=None, help="default: the packaged base")
+    parser.add_argument("checkpoint", nargs="?", default="tiny_base", help="a file or a packaged base")
     parser.add_argument("--out", type=Path, default=Path("results/tiny_base/scores.json"))
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="'SPACING STEPS'")
     args = parser.parse_args()
-    model = load_wavegrad2(args.checkpoint or asset("tiny_base.safetensors"))
+    model = load_wavegrad2(base_path(args.checkpoint))
     texts = prompts("heldout")[: args.texts]
     judges = {"p808": get_reward("dnsmos")}
     if weights := find_nisqa_weights():
