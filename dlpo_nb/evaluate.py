@@ -33,6 +33,7 @@ from tqdm import tqdm
 from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db, write_audio
 from .core import RunDir, UserError, append_jsonl, asset, atomic_write, environment, keyed_generator, pick_device, plain, read_jsonl, run_main
 from .diffusion import NoiseSchedule
+from .distributed import gather, share
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
 from .rewards.wer import spoken_words
@@ -51,6 +52,7 @@ def synthesise_all(
     progress=None, # label of a progress bar; None shows none
     skip=(), # indices of texts that need not be spoken: a batch of such texts only is left out, its audio is None
     on_audio=None, # called with (index, audio) as soon as an utterance is there
+    shared=False, # whether several processes speak a part each, and all get all
 ) -> list: # a tensor (N_i,) for each text, float32 on the CPU, in [-1, 1 - 2**-10], SAMPLE_RATE
     "Speak all texts, in eval mode, each from noise of its own; UserError for a text with nothing to speak."
     ids = [text_to_ids(text) for text in texts]
@@ -58,6 +60,7 @@ def synthesise_all(
     audio = [None] * len(texts)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     batches = [batch for batch in batches if not set(batch) <= set(skip)] # never a part of one: batches keep their bits
+    batches = share(batches) if shared else batches
     with evaluating(model), tqdm(total=sum(map(len, batches)), desc=progress, unit="text", disable=progress is None) as bar:
         for batch in batches:
             generators = [keyed_generator(seed, "evaluate", i) for i in batch]
@@ -66,6 +69,8 @@ def synthesise_all(
                 if on_audio:
                     on_audio(i, audio[i])
             bar.update(len(batch))
+    if shared:
+        audio = [next((sound for sound in sounds if sound is not None), None) for sounds in zip(*gather(audio))]
     return audio
 
 # %% ../nbs/50_evaluate.ipynb #faf7db6b

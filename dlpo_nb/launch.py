@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MANUAL', 'SAME', 'NEEDED', 'LaunchConfig', 'parse', 'check_same', 'read_flags', 'stored_config',
            'check_given', 'load_base', 'load_reward', 'load_texts', 'load_recordings', 'goes_on', 'open_run', 'banner',
-           'tensorboard', 'metadata', 'train', 'judges', 'evaluate_run', 'SteadyPace', 'stand_in_base',
+           'tensorboard', 'metadata', 'train', 'judges', 'speak', 'evaluate_run', 'SteadyPace', 'stand_in_base',
            'stand_in_texts', 'stand_in_reward', 'stand_ins', 'affordable', 'memory', 'projected', 'dry_run', 'begin',
            'finish', 'texts_of', 'launch', 'check_before', 'main']
 
@@ -302,15 +302,22 @@ def judges(config, reward):
     return found
 
 
-def evaluate_run(tuner, run, config, texts, asked):
-    "Speak the held-out texts and have them judged; writes wavs, evaluation.csv; returns the comparison."
-    from dlpo_nb.evaluate import compare, measure, speaker_log_mels, synthesise_all, write_rows
+def speak(tuner, config, texts) -> dict:
+    "The held-out texts as base and tuned model say them, a list of (N_i,) each; every process speaks a part."
+    from dlpo_nb.evaluate import synthesise_all
 
-    print(f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True)
-    rows, audio = {}, {}
-    speaker = speaker_log_mels(texts)
-    for name, model in (("base", tuner.reference), ("tuned", tuner.model)):
-        audio[name] = synthesise_all(model, texts, tuner.schedule, config.seed, progress=name)
+    if rank() == 0:
+        print(f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True)
+    return {name: synthesise_all(model, texts, tuner.schedule, config.seed, progress=None if rank() else name, shared=True)
+            for name, model in (("base", tuner.reference), ("tuned", tuner.model))}
+
+
+def evaluate_run(run, audio, texts, asked):
+    "Have the held-out texts judged; writes wavs, evaluation.csv; returns the comparison."
+    from dlpo_nb.evaluate import compare, measure, speaker_log_mels, write_rows
+
+    rows, speaker = {}, speaker_log_mels(texts)
+    for name in audio:
         rows[name] = measure(audio[name], texts, asked, speaker)
         for i, wav in enumerate(audio[name]):
             write_audio(run.path / "samples" / f"{name}_{i:03d}.wav", wav)
@@ -409,7 +416,7 @@ def projected(config, seconds):
     "Seconds that the whole run will take by part: its episodes, of `seconds` by phase each, the looks at the held-out reward, the evaluation."
     spoken = (seconds["rollout"] + seconds["reward"]) * world_size() / config.batch_size # an utterance in one process
     looks = config.episodes // config.watch_every if config.watch_every else 0
-    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * spoken / world_size(), "evaluation": 2 * config.heldout * spoken}
+    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * spoken / world_size(), "evaluation": 2 * config.heldout * spoken / world_size()}
 
 # %% ../nbs/42_launch.ipynb #c6833e1f
 def dry_run(preset, config, device):
@@ -456,14 +463,14 @@ def begin(preset, config, tuner):
     return None
 
 
-def finish(tuner, run, config, heldout, reward):
-    "Evaluation, summary, table and report of a run that is through with its episodes."
+def finish(tuner, run, config, heldout, audio, reward):
+    "Evaluation of what base and tuned model say, summary, table and report of a run that is through with its episodes."
     from dlpo_nb.evaluate import format_table
     from dlpo_nb.report import write_report
 
     summary = {**metadata(config), "minutes": sum(m["seconds"] for m in run.metrics()) / 60, "heldout_texts": len(heldout)}
     if heldout:
-        summary["evaluation"] = evaluate_run(tuner, run, config, heldout, judges(config, reward))
+        summary["evaluation"] = evaluate_run(run, audio, heldout, judges(config, reward))
         summary["drift"] = drift(tuner, heldout[:8])
     run.write_json("summary.json", summary)
     if heldout:
@@ -500,7 +507,8 @@ def launch(preset, config):
         banner(preset, config, texts, heldout)
     run = begin(preset, config, tuner)
     train(tuner, run, config, watched)
-    first_does(lambda: finish(tuner, run, placed, heldout, reward)) # the others wait
+    audio = speak(tuner, placed, heldout) if heldout else {}
+    first_does(lambda: finish(tuner, run, placed, heldout, audio, reward)) # the others wait
     return run
 
 # %% ../nbs/42_launch.ipynb #c4e028f2

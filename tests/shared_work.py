@@ -6,6 +6,7 @@ from small_policy import TEXTS, TINY, ConvPolicy, make_corpus, make_model, make_
 
 from dlpo_nb.checkpoints import heldout_reward
 from dlpo_nb.distributed import join, leave, rank
+from dlpo_nb.evaluate import synthesise_all
 from dlpo_nb.finetune import SHIPPED, collect, gather_gradients, make_signal, score_audio
 from dlpo_nb.rewards.base import CombinedReward, Reward
 
@@ -58,6 +59,8 @@ def look(method, exact):
 if __name__ == "__main__":
     join("cpu")
     found = {(method, exact): look(method, exact) for method in SHIPPED for exact in (True, False)}
+    tuner = tuner_of("dlpo", True)
+    found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
     if rank() == 0:
         torch.save(found, sys.argv[1])
     leave()

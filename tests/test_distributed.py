@@ -44,6 +44,11 @@ def test_gradients_and_updates(method, exact, both):
     close(one["weights"], two["weights"], 1e-10 if exact else 1e-5)
 
 
+def test_what_is_evaluated_is_spoken_in_parts(both):
+    one, two = (found["spoken"] for found in both)
+    assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
+
+
 @pytest.mark.parametrize("method", SHIPPED)
 def test_the_log_is_that_of_the_whole_batch(method, both):
     one, two = (found[method, True] for found in both)
