@@ -123,7 +123,7 @@ def asset(name):
 def base_path(name) -> Path:
     "Path of the packaged base of that name, e.g. tiny_base, or else of the file."
     packaged = PACKAGE / "assets" / f"{name}.safetensors"
-    return packaged if packaged.exists() else Path(name)
+    return packaged if Path(name).name == str(name) and packaged.exists() else Path(name)
 
 # %% ../nbs/00_core.ipynb #2497a93f
 def _git(*args):

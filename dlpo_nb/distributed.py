@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'gather', 'from_first', 'add_up', 'share', 'gather_rows', 'fail_together',
-           'first_does', 'under_torchrun', 'join', 'leave', 'told', 'run_process', 'begun_here', 'start_processes']
+           'first_does', 'under_torchrun', 'kept_store', 'join', 'leave', 'told', 'run_process', 'begun_here',
+           'start_processes']
 
 # %% ../nbs/41_distributed.ipynb #a57517dd
+import importlib
 import os
 from datetime import timedelta
 
@@ -92,6 +94,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def kept_store() -> bool:
+    "Whether the processes meet in torchrun's own store, which outlives them: on one machine."
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def join(device: str = "auto") -> torch.device:
     "Join the other processes; returns the device of this one. UserError where a machine has fewer GPUs than processes."
     found, local = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
@@ -104,10 +111,9 @@ def join(device: str = "auto") -> torch.device:
         torch.cuda.set_device(found)
     if not dist.is_initialized():
         # its functions take the group that exists on import as their default and would keep it past `leave`; torch.optim imports it late
-        import torch.distributed.nn  # noqa: F401
-
+        importlib.import_module("torch.distributed.nn")
         store, number, count = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if kept_store():
             if store.add("stopped", 0): # a process has said why the run cannot go on; to start it again changes nothing
                 raise SystemExit(2)
             # torchrun keeps this store when it starts processes again, and with it the addresses of the dead
@@ -145,7 +151,7 @@ def run_process(work):
     except (UserError, KeyboardInterrupt) as error:
         if told(by_me=True) > 1:
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
-        if BOARD and isinstance(BOARD[-1], dist.PrefixStore):
+        if BOARD and kept_store():
             BOARD[-1].underlying_store.add("stopped", 1)
         raise
     except RuntimeError as error:
@@ -155,14 +161,14 @@ def run_process(work):
     finally:
         leave()
 
-# %% ../nbs/41_distributed.ipynb #bcbe1884
+# %% ../nbs/41_distributed.ipynb #5bd82f22
 def begun_here(folder) -> bool:
     "Whether the run in `folder` was begun by this very command, whose processes torchrun has started again after one was lost."
     run = RunDir(folder, create=False)
     if not under_torchrun() or not (run.path / "environment.json").exists() or run.read_json("environment.json").get("torchrun") != os.environ["TORCHELASTIC_RUN_ID"]:
         return False
-    # ids that people choose come again; then what lay there before must have been refused by `start_processes`' caller
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or "DLPO_STARTED" in os.environ
+    # an id may come again, but not where the command looked before it started torchrun, nor where a first refusal has left its mark
+    return "DLPO_STARTED" in os.environ or kept_store() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def start_processes(
@@ -174,7 +180,7 @@ def start_processes(
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
     where = ["--standalone"]
     if config.nnodes > 1:
@@ -190,5 +196,7 @@ def start_processes(
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
     except (KeyboardInterrupt, SignalException):
         raise SystemExit(130) from None
+    except RendezvousClosedError: # another machine has said why
+        raise SystemExit(1) from None
     except RendezvousError as error:
         raise UserError(f"the machines do not meet at {config.rdzv_endpoint} ({error}); check --rdzv-endpoint, and that the command runs on each of them") from error

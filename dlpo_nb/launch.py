@@ -6,8 +6,8 @@
 __all__ = ['PRESETS', 'MANUAL', 'SAME', 'NEEDED', 'LaunchConfig', 'parse', 'check_same', 'read_flags', 'stored_config',
            'check_given', 'load_base', 'load_reward', 'load_texts', 'load_recordings', 'goes_on', 'open_run', 'banner',
            'tensorboard', 'metadata', 'train', 'judges', 'speak', 'evaluate_run', 'SteadyPace', 'stand_in_base',
-           'stand_in_texts', 'stand_in_reward', 'stand_ins', 'affordable', 'memory', 'projected', 'dry_run', 'begin',
-           'finish', 'texts_of', 'launch', 'check_before', 'main']
+           'stand_in_texts', 'stand_in_reward', 'stand_ins', 'shared_steps', 'affordable', 'memory', 'projected',
+           'dry_run', 'begin', 'finish', 'texts_of', 'launch', 'check_before', 'main']
 
 # %% ../nbs/42_launch.ipynb #93b633dc
 import contextlib
@@ -391,6 +391,11 @@ def stand_ins(preset, config):
     return config, texts, load_base(config) if config.base_checkpoint else stand_in_base("small" if preset == "small" else "base"), stand_in_reward(config)
 
 # %% ../nbs/42_launch.ipynb #768abde8
+def shared_steps(config):
+    "How many of its steps a rollout saves, since its group shares those above the fork."
+    return (1 - 1 / config.group_size) * (config.rollout_steps - 1 - config.fork) if config.fork else 0
+
+
 def affordable(config, model, texts, device):
     "A config and texts whose episode can be measured in about a minute, and what the phases are to be multiplied with."
     work = config.batch_size * config.rollout_steps * sum(p.numel() for p in model.decoder.parameters())
@@ -401,8 +406,7 @@ def affordable(config, model, texts, device):
     phones = lambda some: sum(len(text_to_ids(text)) for text in some) / len(some)
     share = config.batch_size / small.batch_size * phones(texts) / phones(short)
     trained = config.rollout_steps - 1 if config.train_steps == "all" else int(config.train_steps.partition(":")[2])
-    shared = (1 - 1 / config.group_size) * (config.rollout_steps - 1 - config.fork) if config.fork else 0 # of the steps above the fork
-    return small, short, {"rollout": share * (config.rollout_steps - shared) / 3, "reward": share, "update": share * (trained + config.guidance_steps) / 2}
+    return small, short, {"rollout": share * (config.rollout_steps - shared_steps(config)) / 3, "reward": share, "update": share * (trained + config.guidance_steps) / 2}
 
 
 def memory(device):
@@ -414,9 +418,10 @@ def memory(device):
 
 def projected(config, seconds):
     "Seconds that the whole run will take by part: its episodes, of `seconds` by phase each, the looks at the held-out reward, the evaluation."
-    spoken = (seconds["rollout"] + seconds["reward"]) * world_size() / config.batch_size # an utterance in one process
-    looks = config.episodes // config.watch_every if config.watch_every else 0
-    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * spoken / world_size(), "evaluation": 2 * config.heldout * spoken / world_size()}
+    spoken = seconds["rollout"] / config.batch_size / (1 - shared_steps(config) / config.rollout_steps) # an utterance, all steps of its own
+    scored, looks = seconds["reward"] / config.batch_size, config.episodes // config.watch_every if config.watch_every else 0
+    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * (spoken + scored),
+            "evaluation": 2 * config.heldout * (spoken + scored * world_size())} # one process judges it
 
 # %% ../nbs/42_launch.ipynb #c6833e1f
 def dry_run(preset, config, device):

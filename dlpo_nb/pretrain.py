@@ -658,14 +658,18 @@ def write_beginning(run):
 
 def check_folder(config):
     "UserError where training would write over another run."
-    if (config.out / "state.pt").exists() and not (config.resume or begun_here(config.out)):
+    if not any((config.out / name).exists() for name in ("state.pt", "config.json")):
+        return
+    if not (config.resume or begun_here(config.out)):
         raise UserError(f"{config.out} already holds a run; add --resume to go on with it, or give another --out")
+    if (config.out / "config.json").exists() and "window_frames" not in RunDir(config.out).read_json("config.json"):
+        raise UserError(f"the run in {config.out} is no training of a base; give another --out")
 
 
 def prepare(config):
     "A `Pretraining` at its start, or where it left off with `resume`; UserError where it would write over another run."
-    check_folder(config)
     run = Pretraining(config)
+    check_folder(config)
     if (run.folder.path / "state.pt").exists():
         restore(run)
     first_does(lambda: judges(config))  # one that is not there is better missed now

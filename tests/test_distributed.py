@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlpo_nb import distributed
+from dlpo_nb.core import UserError
 from dlpo_nb.finetune import SHIPPED
 
 HERE = Path(__file__).resolve().parent
@@ -87,7 +89,7 @@ def test_a_lost_process_is_started_again(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes with ps")
 def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
-    """Two agents on one machine; each counts its own restarts, so that their numbers differ afterwards."""
+    """Two agents on one machine; each counts its own restarts."""
     out = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -114,6 +116,15 @@ def test_what_cannot_go_on_is_not_tried_again(tmp_path):
     job = launch("--episodes", 2, "--learning-rate", 1e30, "--out", tmp_path / "run", "--max-restarts", 3, *FLAGS)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 2 and said.count("error:") == 1, said
+
+
+def test_fewer_gpus_than_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="more processes than GPUs"):
+        distributed.join()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for threads in /proc")

@@ -413,12 +413,24 @@ def test_one_process_starts_and_two_go_on(config):
 
 def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
     config.out.mkdir()
+    (config.out / "environment.json").write_text(json.dumps({"torchrun": "again"}))  # a run with the same id was here before
     (config.out / "state.pt").write_bytes(b"somebody's run")
     done = in_two(command(config, "--steps", 1, "--max-restarts", 2))
     assert done.returncode == 2 and done.stderr.count("already holds a run") == 1 and "Traceback" not in done.stderr, done.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", "2", *command(config, "--steps", 1)[1:]]
-    assert "already holds a run" in subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300).stderr
+    where = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id again --max-restarts 2 --nproc-per-node 2".split()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, *command(config, "--steps", 1)[1:]]
+    done = subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, done.stderr
     assert (config.out / "state.pt").read_bytes() == b"somebody's run"
+
+
+def test_the_folder_of_another_kind_of_run_is_left_alone(config):
+    config.out.mkdir()
+    (config.out / "config.json").write_text('{"preset": "tiny"}')
+    for resume, words in ((False, "already holds a run"), (True, "no training of a base")):
+        with pytest.raises(UserError, match=words):
+            prepare(replace(config, resume=resume))
+    assert (config.out / "config.json").read_text() == '{"preset": "tiny"}'
 
 
 def test_torchrun_with_more_processes_than_windows(config):
