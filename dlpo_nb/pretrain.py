@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
 from .core import RunDir, UserError, base_path, environment, keyed_generator, plain, run_main, save_tensors, set_seed
-from .data import load_corpus
+from .data import Corpus, load_corpus
 from .diffusion import NoiseSchedule
 from .distributed import add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size
 from .text import SYMBOLS, pad_ids
@@ -177,6 +177,7 @@ class PretrainConfig:
 
     corpus: Path  # folder with manifest.jsonl and audio/, as dlpo_nb.data and dlpo_nb.ljspeech make it
     out: Path  # folder of the run
+    also: str = ""  # another such folder to train on as well; none of it is kept from training
     validation: str = ""  # another such folder to validate on; empty: utterances of --corpus are kept for that
     arch: Literal["tiny", "small", "base", "large"] = "tiny"  # size of the network
     steps: int = 0  # length of the run in steps (give this or minutes)
@@ -212,7 +213,7 @@ class PretrainConfig:
 # %% ../nbs/09_pretrain.ipynb #7036f1d9
 REFERENCE = dict(reference=True, arch="base", batch_size=24, window_frames=256, optimiser="adam", lr=3e-4, precision="float32")
 # what a resumed run may change; all the rest decides the numbers
-FREE = {"corpus", "out", "validation", "steps", "minutes", "workers", "device", "slice_minutes", "resume", "save_every", "sample_every", "score",
+FREE = {"corpus", "also", "out", "validation", "steps", "minutes", "workers", "device", "slice_minutes", "resume", "save_every", "sample_every", "score",
         "nisqa_weights", "threads", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts"}
 
 
@@ -359,6 +360,8 @@ class Pretraining:
         self.held_out, self.items = items[:kept], items[kept:]
         if config.validation:
             self.held_out = load_corpus(config.validation)[: config.held_out]
+        if config.also:
+            self.items = Corpus([*self.items.items, *load_corpus(config.also).items])
         if not self.items:
             raise UserError(f"the corpus {config.corpus} has {len(items)} utterances; two at least are needed")
         first_does(lambda: RunDir(config.out))
@@ -383,7 +386,7 @@ def save_base(run):
     "Writes base.safetensors: the averaged model, with what it was made of and its last validation as metadata."
     base = copy.deepcopy(run.average)
     lend_stress(base.encoder.embedding.weight, {i for item in run.items for i in item.ids})
-    config = {k: v for k, v in plain(run.config).items() if k not in ("corpus", "out", "validation", "nisqa_weights")}
+    config = {k: v for k, v in plain(run.config).items() if k not in ("corpus", "also", "out", "validation", "nisqa_weights")}
     metadata = dict(
         config=config, steps=run.step, minutes=round(run.seconds / 60, 2), corpus_hours=round(run.items.hours, 2),
         validation=run.validation)

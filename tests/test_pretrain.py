@@ -411,6 +411,13 @@ def test_one_process_starts_and_two_go_on(config):
     assert all((one[k].double() - two[k].double()).abs().max() < 1e-5 for k in one)
 
 
+def test_another_corpus_joins_in(config):
+    alone = prepare(config)
+    both = prepare(replace(config, also=str(CORPUS), out=config.out.parent / "both"))
+    assert [item.id for item in both.held_out] == [item.id for item in alone.held_out]
+    assert len(both.items) == len(alone.items) + len(alone.items) + len(alone.held_out) and both.items.hours > alone.items.hours
+
+
 def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
     config.out.mkdir()
     (config.out / "environment.json").write_text(json.dumps({"torchrun": "again"}))  # a run with the same id was here before
