@@ -453,7 +453,7 @@ def begin(preset, config, tuner):
     "The run directory, with the tuner where it is to go on from; None in the processes that do not write."
     def first():
         run = open_run(preset, config)
-        if not (run.path / "environment.json").exists():
+        if not all((run.path / name).exists() for name in ("environment.json", "config.json")):
             run.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
         run.write_json("config.json", {"preset": preset, **asdict(config)}) # last: with it the folder holds a run
         state = load_last(tuner, run.path / "checkpoints") # in a new run there is none

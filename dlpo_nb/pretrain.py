@@ -691,9 +691,10 @@ def pretrain(config, progress=True):
 
 def main():
     config = parse()
-    if config.nproc_per_node * config.nnodes > 1 and not under_torchrun():
-        check_folder(config)
-        return start_processes("dlpo_nb.pretrain", config, sys.argv[1:])
+    if not under_torchrun():
+        check_folder(config) # before a corpus is read or a process started
+        if config.nproc_per_node * config.nnodes > 1:
+            return start_processes("dlpo_nb.pretrain", config, sys.argv[1:])
     run_process(lambda: pretrain(config))
 
 # %% ../nbs/09_pretrain.ipynb #d013a356
