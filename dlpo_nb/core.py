@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'run_main', 'Registry', 'set_seed', 'keyed_generator', 'pick_device', 'asset', 'base_path',
-           'environment', 'atomic_write', 'save_tensors', 'plain', 'read_jsonl', 'append_jsonl', 'RunDir']
+           'checkout', 'environment', 'atomic_write', 'save_tensors', 'plain', 'read_jsonl', 'append_jsonl', 'RunDir']
 
 # %% ../nbs/00_core.ipynb #80ff5065
 import difflib
@@ -124,6 +124,12 @@ def base_path(name) -> Path:
     "Path of the packaged base of that name, e.g. tiny_base, or else of the file."
     packaged = PACKAGE / "assets" / f"{name}.safetensors"
     return packaged if Path(name).name == str(name) and packaged.exists() else Path(name)
+
+
+def checkout(path) -> Path:
+    "`path`, e.g. results/bench, in the source tree around the working directory, or else in the one dlpo_nb was imported from."
+    places = [Path.cwd(), *Path.cwd().parents]
+    return next((tree for tree in places if (tree / "nbs" / "00_core.ipynb").is_file()), PACKAGE.parent) / path
 
 # %% ../nbs/00_core.ipynb #2497a93f
 def _git(*args):

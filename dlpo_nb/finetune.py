@@ -98,7 +98,7 @@ class FinetuneSettings(MethodSettings):
     trainable: str = "decoder" # decoder or all
     lora_rank: int = 0 # train a change of this rank on the decoder's convolutions, the reference is the model without it; 0: train the weights themselves
     lora_alpha: float = 8.0 # scale of that change, divided by the rank
-    precision: str = "float32" # of the network in rollouts and updates: float32, or bfloat16 by autocast; log-probabilities are float32 either way
+    precision: str = "float32" # of the network in rollouts and updates: float32, or bfloat16 by autocast; log-probabilities are float64 either way
     seed: int = 0 # of texts, noise and shuffling
 
     def resolved(self):

@@ -1,4 +1,5 @@
 """Fixtures that more than one test file uses."""
+import os
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ def data():
 
 @pytest.fixture(scope="session")
 def shared():
-    """Folder of the large reference material beside the checkout, where there is one."""
-    path = HERE.parents[1] / "shared"
-    if not path.is_dir():
-        pytest.skip("the folder ../shared with the large reference material is not here")
-    return path
+    """Folder of the large reference material (LJSpeech, NISQA's weights, the demo recordings), where DLPO_SHARED_FOLDER names it."""
+    if not (folder := os.environ.get("DLPO_SHARED_FOLDER")):
+        pytest.skip("DLPO_SHARED_FOLDER names no folder with the large reference material")
+    if not Path(folder).is_dir():
+        pytest.fail(f"DLPO_SHARED_FOLDER is {folder}, which is not a folder")
+    return Path(folder)

@@ -125,6 +125,28 @@ def test_cells_name_no_machine():
     assert not bad
 
 
+def sources(kind=None):
+    "Every cell's place and source, of one kind (code, markdown) if asked."
+    for notebook in NOTEBOOKS:
+        for number, cell in enumerate(read(notebook)["cells"]):
+            if kind in (None, cell["cell_type"]):
+                yield f"{notebook.name}, cell {number}", "".join(cell["source"])
+
+
+def test_no_control_characters():
+    """A backslash that was eaten on the way (\\theta, \\bar) leaves one, and breaks an equation."""
+    bad = [f"{place}: {source[max(0, match.start() - 10) : match.end() + 10]!r}" for place, source in sources()
+           if (match := re.search(r"[\x00-\x09\x0b-\x1f\x7f]", source))]
+    assert not bad
+
+
+def test_cells_run_from_any_working_directory():
+    """Files of the checkout are named by `checkout`, never by the way from the notebook's own folder; nothing lies beside it."""
+    bad = [f"{place}: {match[0]}" for place, source in sources("code")
+           if (match := re.search(r"\(\"(\.\./)+(results|docs|tests|tools)\b|(\.\./)+shared", source))]
+    assert not bad
+
+
 def test_size_budget():
     sizes = {path: path.stat().st_size for path in NOTEBOOKS}
     large = [f"{label(path)}: {size / 1e3:.0f} kB" for path, size in sizes.items() if size > (1.5e6 if "experiments" in path.parts else 300e3)]
