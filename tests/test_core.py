@@ -3,11 +3,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dlpo_nb.core import Registry, RunDir, UserError, append_jsonl, asset, environment, keyed_generator, pick_device, plain, read_jsonl
+from dlpo_nb.core import Registry, RunDir, UserError, append_jsonl, asset, environment, keyed_generator, pick_device, plain, read_jsonl, split_lines
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code, **env):
@@ -117,3 +120,11 @@ def test_environment_is_plain_and_names_no_machine():
     told = environment()
     assert plain(told) == told and told["torch"] == torch.__version__
     assert str(os.path.expanduser("~")) not in json.dumps(told)
+
+
+def test_lines_end_in_line_ends_and_nothing_else():
+    assert split_lines("a\u2028b\x0bc\x0cd\x1ce\x85f\r\ng\rh\n\ni") == ["a\u2028b\x0bc\x0cd\x1ce\x85f", "g", "h", "", "i"]
+    assert split_lines("") == [] and split_lines("\n") == [""]
+    readers = [line for path in (ROOT / "dlpo_nb").rglob("*.py") for line in path.read_text(encoding="utf-8").split("\n")
+               if "read_text" in line and "splitlines" in line]
+    assert not readers, "str.splitlines cuts at U+2028 and others, which stand inside sentences"
