@@ -26,7 +26,7 @@ class Tables:
             raise UserError("a noise schedule needs betas between 0 and 1, and an alpha_bar that falls from below 1 to above 0")
         self.num_steps = len(betas)
         self.levels = alphas_cumprod.sqrt()
-        # the order of these operations is the released model's, so that its float32 tables come out to the bit
+        # the order of these operations is the released model's, so that its float32 tables come out, up to rounding
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * alphas.sqrt() / (1 - alphas_cumprod)

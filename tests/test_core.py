@@ -29,6 +29,7 @@ def test_keyed_generator_takes_integers_of_any_kind_and_nothing_else():
         keyed_generator(0.5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("body, code, stderr", [
     ("raise UserError('no texts')", 2, "error: no texts\n"),
     ("raise KeyboardInterrupt", 130, "interrupted\n"),
@@ -39,6 +40,7 @@ def test_run_main_exit_codes(body, code, stderr):
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
+@pytest.mark.smoke
 def test_run_main_keeps_the_traceback_of_a_bug():
     done = python("from dlpo_nb.core import run_main\nrun_main(lambda: 1 / 0)")
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

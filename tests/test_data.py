@@ -138,6 +138,7 @@ def test_missing_festival_says_what_to_install(tmp_path, monkeypatch, fake_festi
         make_corpus(CorpusConfig(texts, tmp_path / "c"))
 
 
+@pytest.mark.smoke
 def test_command_line(tmp_path):
     def run(*flags, **env):
         return subprocess.run([sys.executable, "-m", "dlpo_nb.data", *flags], capture_output=True, text=True,

@@ -145,6 +145,7 @@ def test_one_sentence_from_many_processes(tmp_path):
     assert job.returncode == 2 and said.count("none.safetensors") == 1 and "Traceback" not in said, said
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("flags, words", [
     (["--nproc-per-node", "8"], ["4 texts for 8 processes"]), (["--nnodes", "2"], ["--rdzv-endpoint", "--out"]), (["--nproc-per-node", "0"], ["at least 1"]),
 ])

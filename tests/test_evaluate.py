@@ -372,6 +372,7 @@ def test_help_of_the_command_is_a_manual():
         assert word in done.stdout
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("flags, words", [
     ([], ["no system given"]),
     (["{run}/nowhere"], ["nowhere", "folder of recordings"]),

@@ -340,6 +340,7 @@ def test_from_raw_folder_to_an_epoch(reader, tmp_path):
     assert row["step"] == 2 and torch.isfinite(torch.tensor(row["loss"])) and (tmp_path / "run" / "base.safetensors").exists()
 
 
+@pytest.mark.smoke
 def test_command_line_says_what_is_wrong(tmp_path):
     done = run("dlpo_nb.ljspeech", str(tmp_path), str(tmp_path / "c"))
     assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and "Traceback" not in done.stderr

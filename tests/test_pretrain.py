@@ -190,6 +190,7 @@ def test_ctrl_c_saves_and_the_command_goes_on(config):
     assert [json.loads(line)["step"] for line in metrics.open()][-2:] == [reached, reached + 1]
 
 
+@pytest.mark.smoke
 def test_command_line_error_is_one_sentence(config):
     done = subprocess.run(command(config), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

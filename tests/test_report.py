@@ -160,6 +160,7 @@ def test_the_control_command_repeats_the_settings(tmp_path):
     assert len(re.findall("--out", command[0])) == 1 and command[1].startswith("python -m dlpo_nb.report ")
 
 
+@pytest.mark.smoke
 def test_the_command(tmp_path, capsys):
     path = make_run(tmp_path / "run")
     main([str(path), "--out", str(tmp_path / "page.html")])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
 MODULES = sorted((ROOT / "dlpo_nb").rglob("*.py"))
