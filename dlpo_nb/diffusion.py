@@ -7,6 +7,7 @@ __all__ = ['Tables', 'NamedTables', 'entry', 'ForwardProcess', 'ReverseProcess',
            'NoiseSchedule', 'warn_of_lone_step']
 
 # %% ../nbs/04_diffusion.ipynb #6e17a6bc
+import copy
 import math
 import warnings
 
@@ -17,6 +18,7 @@ from .core import UserError
 # %% ../nbs/04_diffusion.ipynb #ab11ae4d
 class Tables:
     "The numbers of a noise schedule, (num_steps,) each, on the CPU; t = 0 is the least noisy step."
+    bounds = (-1.0, 1.0)  # between which x_0 lies, as audio does; None: anywhere, as in log-mels
 
     def __init__(self, betas, alphas, alphas_cumprod, alphas_cumprod_prev):
         self.betas, self.alphas = betas, alphas
@@ -45,6 +47,12 @@ class Tables:
         abar = torch.as_tensor(abar, dtype=torch.float64)
         prev = torch.cat([abar.new_tensor([final]), abar[:-1]])
         return cls(1 - abar / prev, abar / prev, abar, prev)
+
+    def bounded(self, bounds):
+        "The same schedule for an x_0 between other `bounds` (low, high), or None."
+        other = copy.copy(self)
+        other.bounds = bounds
+        return other
 
     def __repr__(self):
         return f"{type(self).__name__}({self.num_steps} steps, levels {self.levels[0]:.6f} to {self.levels[-1]:.4f})"
@@ -121,7 +129,7 @@ class Sampler(ReverseProcess):
         eps,  # estimated noise (B, N)
         x_t,  # noisy audio (B, N)
         t,  # int or LongTensor (B,)
-        clip=True,  # clip the implied audio to [-1, 1]; its gradient is 0 where that happens
+        clip=True,  # keep the implied x_0 within `bounds`; its gradient is 0 where that happens
         eta=1.0,  # factor on sigma, for the DDIM form only
         form="posterior",  # or "ddim", which takes the direction from the unclipped eps
     ):
@@ -131,7 +139,7 @@ class Sampler(ReverseProcess):
         dtype = torch.promote_types(torch.promote_types(eps.dtype, x_t.dtype), torch.float32)
         eps, x_t = eps.to(dtype), x_t.to(dtype)
         x0 = self.predict_x0(x_t, eps, t)
-        x0 = x0.clamp(-1, 1) if clip else x0
+        x0 = x0.clamp(*self.bounds) if clip and self.bounds else x0
         if form == "posterior":
             return self.posterior(x0, x_t, t)[0]
         direction = (1 - self.alphas_cumprod_prev - eta**2 * self.posterior_variance).clamp(min=0).sqrt()
@@ -205,7 +213,7 @@ class NoiseSchedule(TransitionDensity):
         else:
             raise UserError(f"unknown spacing {spacing!r}; use trailing, geometric or even")
         warn_of_lone_step(new, spacing)
-        return new
+        return new.bounded(self.bounds)
 
     def _visiting(self, steps):
         steps = steps.round().long()
