@@ -15,8 +15,6 @@ from .finetune import load_state, save_state
 from .lora import merged
 from .mdp import rollout
 from .rewards.base import ScoringQueue
-from .text import text_to_ids
-from .wavegrad2.model import save_wavegrad2
 
 # %% ../nbs/40b_checkpoints.ipynb #eaa1d6fb
 KEEP_STATES = 2
@@ -55,8 +53,8 @@ def heldout_reward(tuner, texts: list) -> dict:
     with ScoringQueue(tuner.reward) as queue:
         for pairs in (mine[i : i + c.micro_batch] for i in range(0, len(mine), c.micro_batch)):
             places, said = map(list, zip(*pairs))
-            t = rollout(tuner.model, tuner.schedule, said, [text_to_ids(text) for text in said], [1], (c.seed, "heldout"), places)
-            queue.submit(t.audio, t.audio_lengths, tuner.model.config.sample_rate, said)
+            t = rollout(tuner.model, tuner.schedule, said, tuner.model.encode(said), [1], (c.seed, "heldout"), places)
+            queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, said)
             rows += places
         parts, failed = queue.collect_parts()
     parts, failed = gather_rows(rows, parts), gather_rows(rows, failed)
@@ -83,7 +81,7 @@ def keep_best(tuner, folder, score: float, metadata: dict):
     before = [row for row in read_ranking(folder) if row["episode"] < episode] # a resumed run may come this way again
     ranking = sorted([*before, entry], key=lambda row: (-row["score"], row["episode"]))[:KEEP_BEST]
     if entry in ranking:
-        save_wavegrad2(merged(tuner.model), folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score})
+        merged(tuner.model).save(folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score})
     with atomic_write(folder / "best.json") as path:
         path.write_text(json.dumps(ranking, indent=2) + "\n", encoding="utf-8")
     for old in set(folder.glob("best-*.safetensors")) - {folder / row["file"] for row in ranking}:

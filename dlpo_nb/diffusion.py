@@ -111,6 +111,11 @@ class ReverseProcess(ForwardProcess):
         abar = self.alphas_cumprod
         return x_t * entry(abar.rsqrt(), t, x_t) - eps * entry(((1 - abar) / abar).sqrt(), t, x_t)
 
+    def outside(self, x0):
+        "Where x_0 (B, N) leaves the bounds, bool."
+        low, high = self.bounds or (-math.inf, math.inf)
+        return (x0 < low) | (x0 > high)
+
     def posterior(self, x0, xt, t):
         "Mean (B, N) and log variance (0-d or (B, 1)) of q(x_t-1 | x_t, x_0); the variance is floored at 1e-20."
         mean = entry(self.posterior_mean_coef1, t, xt) * x0 + entry(self.posterior_mean_coef2, t, xt) * xt

@@ -40,11 +40,13 @@ from .rewards.wer import spoken_words
 from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
-from .wavegrad2.model import AUDIO_MAX, evaluating, load_wavegrad2, synthesise
+from .policies import load_policy
+from .policy import evaluating, synthesise
+from .wavegrad2.model import AUDIO_MAX
 
 # %% ../nbs/50_evaluate.ipynb #0f0ba7f3
 def synthesise_all(
-    model, # Policy: condition(ids, lengths), predict_noise(x, hidden, level, frames), hop
+    model, # a Policy
     texts, # list of str
     schedule, # NoiseSchedule: all its steps are run
     seed, # the same seed gives every model the same noise
@@ -55,7 +57,7 @@ def synthesise_all(
     shared=False, # whether several processes speak a part each, and all get all
 ) -> list: # a tensor (N_i,) for each text, float32 on the CPU, in [-1, 1 - 2**-10], SAMPLE_RATE
     "Speak all texts, in eval mode, each from noise of its own; UserError for a text with nothing to speak."
-    ids = [text_to_ids(text) for text in texts]
+    ids = model.encode(texts)
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
     audio = [None] * len(texts)
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
@@ -394,9 +396,9 @@ def sound_keys(system, texts, schedule, seed):
 
 def load_model(system):
     "The model of a system; UserError where it cannot be read or speaks at another rate."
-    model = load_wavegrad2(system.path)
-    if model.config.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{system.path} speaks at {model.config.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz")
+    model = load_policy(system.path)
+    if model.sample_rate != SAMPLE_RATE:
+        raise UserError(f"{system.path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz")
     return model
 
 

@@ -7,9 +7,9 @@ __all__ = ['BETAS', 'SHIPPED', 'POLICY_GRADIENT', 'OPTIONS', 'CHOICES', 'AT_LEAS
            'check_options', 'FinetuneSettings', 'check_values', 'check_steps', 'check_method', 'FinetuneConfig',
            'text_indices', 'windowed_loss', 'Finetuner', 'choose_trained', 'autocast', 'clock', 'micro_batches',
            'collect', 'places', 'score_audio', 'make_signal', 'totals', 'conditioning', 'recordings', 'speech_batches',
-           'grid_level', 'denoising_losses', 'reference_hidden', 'log_ratios', 'step_kl', 'Gradients', 'denoising_pass',
-           'policy_pass', 'baseline', 'summarise', 'gather_gradients', 'update', 'recorded_loss', 'kl_to_reference',
-           'drift', 'save_state', 'load_state', 'finetune', 'signal_and_noise', 'gradient_signal']
+           'grid_level', 'denoising_losses', 'reference_conditioning', 'log_ratios', 'step_kl', 'Gradients',
+           'denoising_pass', 'policy_pass', 'baseline', 'summarise', 'gather_gradients', 'update', 'recorded_loss',
+           'kl_to_reference', 'drift', 'save_state', 'load_state', 'finetune', 'signal_and_noise', 'gradient_signal']
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
@@ -23,15 +23,13 @@ from tqdm import tqdm
 
 from .core import UserError, keyed_generator, save_tensors
 from .data import collate
-from .diffusion import NoiseSchedule
 from .distributed import add_up, fail_together, gather, gather_rows, rank, share, world_size
 from .lora import Reference, add_lora
-from .mdp import draw_steps, keyed_noise, only, replay, rollout, sample_mask, score, step_weight
+from .mdp import draw_steps, keyed_noise, predict_noise, replay, rollout, select_text, spread, step_weight
 from .objectives import OBJECTIVES, Loss, Replay, TextBuffer, advantages, get_objective
 from .objectives.base import CLIP_RANGES, KL_FORMS, centre, check_advantage, kl_divergence
+from .policy import denoising_loss, state_mask
 from .rewards.base import NORMALISATIONS, ScoringQueue, as_reward
-from .text import text_to_ids
-from .wavegrad2.model import denoising_loss, duration_loss
 
 # %% ../nbs/40_finetune.ipynb #bcb59b5b
 @dataclass
@@ -186,9 +184,9 @@ class FinetuneConfig(FinetuneSettings):
         if "policy" in self.objective().needs:
             check_advantage(self.advantage, self.group_size, self.batch_size)
 
-    def schedule(self):
+    def schedule(self, policy):
         "The K-step schedule of the rollouts."
-        return NoiseSchedule.linear().respaced(self.rollout_steps, self.spacing)
+        return policy.training_schedule().respaced(self.rollout_steps, self.spacing)
 
     def objective(self):
         "The objective with those of its options that it has."
@@ -211,29 +209,29 @@ def text_indices(episode: int, count: int, total: int, seed: int) -> list:
 
 # %% ../nbs/40_finetune.ipynb #3e1d9a1a
 def windowed_loss(
-    model,
-    audio: torch.Tensor, # (B, N)
+    policy,
+    x_0: torch.Tensor, # (B, N) clean states, N = T * width
     hidden: torch.Tensor, # (B, C, T)
     frames: torch.Tensor, # (B,) of each utterance
-    levels: torch.Tensor, # (1000,) the training levels
+    levels: torch.Tensor, # those of the training schedule
     width: int, # frames of the window; 0: whole utterances
     key: tuple, # of the random numbers
     t: int | None = None, # the level's index; None: drawn for each utterance
     rows: list | None = None, # (B,) places of the utterances in the whole batch, for the draws; None: 0, 1, ...
 ) -> torch.Tensor: # (B,) with gradient
     "Denoising loss D of each utterance on a random window, at one level each; the same however the batch is divided."
-    hop, keys, longest = model.hop, [(*key, row) for row in (range(len(audio)) if rows is None else rows)], int(frames.max())
+    size, keys, longest = policy.width, [(*key, row) for row in (range(len(x_0)) if rows is None else rows)], int(frames.max())
     width = min(width or longest, longest)
     draws = torch.stack([torch.rand(2, generator=keyed_generator(*k, "window"), dtype=torch.float64) for k in keys])
     drawn = (draws[:, :1] * len(levels)).long()
-    level = levels[drawn if t is None else torch.full_like(drawn, t)].to(audio)
+    level = levels[drawn if t is None else torch.full_like(drawn, t)].to(x_0)
     start = (draws[:, 1] * ((frames.cpu() - width).clamp(min=0) + 1)).long().tolist()
-    noise = keyed_noise(keys, (frames.clamp(max=width) * hop).tolist(), audio.device)
+    noise = keyed_noise(keys, (frames.clamp(max=width) * size).tolist(), x_0.device)
     cut = lambda x, scale: torch.stack([row[..., scale * s : scale * (s + width)] for row, s in zip(x, start)])
-    mask = cut(sample_mask(frames, hop), hop)
+    mask = cut(state_mask(frames, size), size)
     # an utterance that ends inside the window ends there for the network too
     inside = (frames - torch.tensor(start, device=frames.device)).clamp(max=width)
-    return denoising_loss(model, cut(audio, hop), cut(hidden, 1), level, noise, mask, inside, reduction="none")
+    return denoising_loss(policy, cut(x_0, size), cut(hidden, 1), level, noise, mask, inside, reduction="none")
 
 # %% ../nbs/40_finetune.ipynb #be10a121
 class Finetuner:
@@ -243,15 +241,15 @@ class Finetuner:
         config = config.resolved()
         config.check()
         self.config, self.reward, self.texts, self.corpus, self.device = config, reward, texts, corpus, torch.device(device)
-        self.ids = [text_to_ids(text) for text in texts]
+        self.ids = model.encode(texts)
         self.model = model.to(self.device).eval() # no dropout: rollout and replay must agree
         self.reference = choose_trained(config, self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
-        self.schedule, self.objective = config.schedule(), config.objective()
+        self.schedule, self.objective = config.schedule(model), config.objective()
         if "denoising" in self.objective.needs and config.dl_source == "data" and not corpus:
             raise UserError("the denoising loss is to be taken on recorded speech, but there is none; give a corpus or say --dl-source sample.")
-        self.levels, self.buffer = NoiseSchedule.linear().levels.float(), TextBuffer(config.buffer_size, config.buffer_min_count)
+        self.levels, self.buffer = model.training_schedule().levels.float(), TextBuffer(config.buffer_size, config.buffer_min_count)
         self.next_episode = 0
 
     def episode(self) -> dict:
@@ -289,11 +287,14 @@ def choose_trained(config, model):
     "Let what is to be trained have gradients; returns the frozen reference: a copy, or the model itself without its low-rank change."
     if config.lora_rank:
         model.requires_grad_(False)
-        add_lora(model.decoder, config.lora_rank, config.lora_alpha, keyed_generator(config.seed, "lora"))
+        draw = keyed_generator(config.seed, "lora")
+        for module in model.trainable():
+            add_lora(module, config.lora_rank, config.lora_alpha, draw)
         return Reference(model)
     reference = copy.deepcopy(model).requires_grad_(False)
     model.requires_grad_(config.trainable == "all")
-    model.decoder.requires_grad_(True)
+    for module in model.trainable():
+        module.requires_grad_(True)
     return reference
 
 
@@ -328,7 +329,7 @@ def collect(tuner, e, queue=None) -> list:
                     (c.seed, "rollout", e), places, c.group_size, c.fork or None, c.reduction)
         trajectories.append(t)
         if queue is not None:
-            queue.submit(t.audio, t.audio_lengths, tuner.model.config.sample_rate, t.texts)
+            queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, t.texts)
     return trajectories
 
 
@@ -342,7 +343,7 @@ def score_audio(tuner, trajectories, queue=None): # -> (batch,) float32
     if queue is None:
         with ScoringQueue(tuner.reward) as queue:
             for t in trajectories:
-                queue.submit(t.audio, t.audio_lengths, tuner.model.config.sample_rate, t.texts)
+                queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, t.texts)
             return score_audio(tuner, trajectories, queue)
     both = gather_rows(places(trajectories), torch.cat([x.float() for x in queue.collect_parts()], 1))
     parts, failed = both.chunk(2, 1)
@@ -367,27 +368,28 @@ def make_signal(tuner, rewards, e): # -> (batch,)
 
 def totals(tuner, trajectories, queue):
     "What the log says of the rollouts of all processes."
-    found = gather((len({failure.index for failure in queue.last_failures}), queue.seconds, sum(float(t.audio_lengths.sum()) for t in trajectories), sum(t.clipped * len(t.indices) for t in trajectories)))
+    found = gather((len({failure.index for failure in queue.last_failures}), queue.seconds, sum(float(t.audio_lengths.sum()) for t in trajectories), sum(t.x0_clipped_share * len(t.indices) for t in trajectories)))
     failures, scoring, samples, clipped = map(sum, zip(*found))
     return {"reward/failed": failures, "x0/clipped": clipped * tuner.config.group_size / tuner.config.batch_size, "seconds/scoring": scoring / world_size(),
-            "audio_seconds": samples / tuner.model.config.sample_rate}
+            "audio_seconds": samples / tuner.model.sample_rate}
 
 
 def conditioning(tuner, t):
-    "Hidden frames of a trajectory for the update: the stored ones, or fresh ones where the encoder is trained."
+    "Conditioning of a trajectory's texts for the update: the stored one, or a fresh one where the encoder is trained."
     if tuner.config.trainable == "decoder":
-        return t.hidden
-    return tuner.model.condition(t.ids, t.lengths, durations=t.durations).hidden
+        return t.conditioning
+    return tuner.model.condition(t.ids, t.lengths, durations=t.conditioning.durations)
 
 # %% ../nbs/40_finetune.ipynb #f7dad5c5
 def recordings(tuner, *key, rows=None, model=None):
-    "Of as many recorded utterances as the batch has rollouts, those at `rows`: audio (B, N), hidden (B, C, T), frames (B,), duration loss (B,)."
+    "Of as many recorded utterances as the batch has rollouts, those at `rows`: x_0 (B, N), hidden (B, C, T), frames (B,), duration loss (B,)."
     c, total, model = tuner.config, len(tuner.corpus), model or tuner.model
     chosen = torch.randint(total, (c.batch_size,), generator=keyed_generator(c.seed, *key, "recordings")).tolist()
     said = {k: v.to(tuner.device) for k, v in collate([tuner.corpus[chosen[row]] for row in rows or range(c.batch_size)]).items()}
     with torch.set_grad_enabled(c.trainable == "all" and torch.is_grad_enabled()):
         cond = model.condition(said["ids"], said["lengths"], durations=said["durations"])
-    return said["audio"], cond.hidden, said["frames"], duration_loss(cond.seconds, said["durations"], cond.mask, model.config.frame_rate, "none")
+    x_0 = model.analyse(said["audio"], cond)
+    return x_0, cond.hidden, said["frames"], model.duration_loss(cond, said["durations"])
 
 
 def speech_batches(tuner, trajectories, source, key):
@@ -399,7 +401,8 @@ def speech_batches(tuner, trajectories, source, key):
             yield rows, *recordings(tuner, *key, rows=rows)
     else:
         for t in trajectories:
-            yield t.rows, t.audio, conditioning(tuner, t).repeat_interleave(c.group_size, 0), t.frames.repeat_interleave(c.group_size, 0), 0.0
+            said = conditioning(tuner, t).repeat(c.group_size)
+            yield t.rows, t.x_0, said.hidden, said.frames, 0.0
 
 
 def grid_level(j: int, count: int) -> int:
@@ -413,34 +416,34 @@ def denoising_losses(tuner, trajectories, source, e, inner):
     for j in range(c.guidance_steps):
         key = ("guidance", e, inner, j)
         t = grid_level(j, c.guidance_steps) if c.guidance_levels == "grid" else None
-        for rows, audio, hidden, frames, durations in speech_batches(tuner, trajectories, source, key):
-            yield j, rows, windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, c.guidance_frames, (c.seed, *key), t, rows), durations
+        for rows, x_0, hidden, frames, durations in speech_batches(tuner, trajectories, source, key):
+            yield j, rows, windowed_loss(tuner.model, x_0, hidden, frames, tuner.levels, c.guidance_frames, (c.seed, *key), t, rows), durations
 
 # %% ../nbs/40_finetune.ipynb #33cb0d66
-def reference_hidden(tuner, t):
-    "What the reference's decoder is conditioned on in a trajectory."
+def reference_conditioning(tuner, t):
+    "What the reference makes of a trajectory's texts, with the same durations."
     if tuner.config.trainable == "decoder": # the encoder is the reference's still
-        return t.hidden
-    return tuner.reference.condition(t.ids, t.lengths, durations=t.durations).hidden
+        return t.conditioning
+    return tuner.reference.condition(t.ids, t.lengths, durations=t.conditioning.durations)
 
 
 @torch.no_grad()
 def log_ratios(tuner, trajectories) -> torch.Tensor:
-    "k (batch,) of all processes: log p_old - log p_reference of the stored actions, summed over the trained steps and all samples."
+    "k (batch,) of all processes: log p_old - log p_reference of the stored actions, summed over the trained steps and all numbers of the state."
     def one(t):
-        hidden, samples = reference_hidden(tuner, t), t.audio_lengths if t.reduction == "mean" else 1
-        return samples * sum(t.log_prob[s] - replay(tuner.reference, tuner.schedule, t, s, hidden)[0] for s in range(len(t.steps)))
+        said, size = reference_conditioning(tuner, t), t.x_0_lengths if t.reduction == "mean" else 1
+        return size * sum(t.log_prob[s] - replay(tuner.reference, tuner.schedule, t, s, said)[0] for s in range(len(t.steps)))
     return gather_rows(places(trajectories), torch.cat([one(t) for t in trajectories]))
 
 
 def step_kl(tuner, t, s, eps, form="exact", reduction=None):
     "Distance (B*G,) of policy and reference at the states of one stored step, given the policy's eps there."
-    x, mask = t.x_t[s], sample_mask(t.frames, tuner.model.hop)
+    x = t.x_t[s]
     with torch.no_grad():
-        _, eps_ref = score(tuner.reference, tuner.schedule, x, t.x_prev[s], reference_hidden(tuner, t), t.frames, t.steps[s], mask)
-    mask = mask.repeat_interleave(len(x) // len(mask), 0)
+        eps_ref = predict_noise(tuner.reference, tuner.schedule, x, reference_conditioning(tuner, t), t.steps[s])
+    mask = spread(state_mask(t.conditioning.frames, tuner.model.width), len(x))
     kl = kl_divergence(tuner.schedule, eps, eps_ref, x, t.steps[s], mask, reduction or t.reduction, form)
-    return kl.repeat_interleave(len(t.audio) // len(kl), 0)
+    return spread(kl, len(t.x_0))
 
 # %% ../nbs/40_finetune.ipynb #69202850
 class Gradients:
@@ -500,7 +503,7 @@ def policy_pass(tuner, trajectories, signal, penalty, gradients):
     c, stats = tuner.config, []
     scale = step_weight(c.train_steps, c.rollout_steps)
     for t in trajectories:
-        rows, weight = t.rows, scale * len(t.audio) / c.batch_size
+        rows, weight = t.rows, scale * len(t.x_0) / c.batch_size
         for s in range(len(t.steps)):
             log_prob, eps = replay(tuner.model, tuner.schedule, t, s, conditioning(tuner, t))
             kl = step_kl(tuner, t, s, eps, c.kl_form) if "kl" in tuner.objective.needs else None
@@ -576,7 +579,7 @@ def recorded_loss(tuner, e):
 def kl_to_reference(tuner, trajectories):
     "Gaussian KL of policy to reference, a sample, summed over the trained steps; estimated on the first text of the batch."
     found = []
-    for t in (only(t, t.indices.index(0)) for t in trajectories if 0 in t.indices):
+    for t in (select_text(t, t.indices.index(0)) for t in trajectories if 0 in t.indices):
         for s in range(len(t.steps)):
             _, eps = replay(tuner.model, tuner.schedule, t, s, conditioning(tuner, t))
             found.append(float(step_kl(tuner, t, s, eps, reduction="mean").mean()))
@@ -589,15 +592,15 @@ def drift(tuner, texts: list) -> dict:
     c, key = tuner.config, (tuner.config.seed, "drift")
     steps, total = draw_steps("all", c.rollout_steps), 0.0
     for n, text in enumerate(texts):
-        t = rollout(tuner.model, tuner.schedule, [text], [text_to_ids(text)], steps, key, [n])
+        t = rollout(tuner.model, tuner.schedule, [text], tuner.model.encode([text]), steps, key, [n])
         for s in range(len(steps)):
             _, eps = replay(tuner.model, tuner.schedule, t, s)
             total += float(step_kl(tuner, t, s, eps, reduction="mean").mean()) / len(texts)
     found = {"kl": total, "kl_texts": len(texts)}
     if tuner.corpus:
         for name, model in (("base", tuner.reference), ("tuned", tuner.model)):
-            audio, hidden, frames, _ = recordings(tuner, *key, model=model)
-            losses = [windowed_loss(model, audio, hidden, frames, tuner.levels, c.guidance_frames, (*key, j), grid_level(j, 10)).mean() for j in range(10)]
+            x_0, hidden, frames, _ = recordings(tuner, *key, model=model)
+            losses = [windowed_loss(model, x_0, hidden, frames, tuner.levels, c.guidance_frames, (*key, j), grid_level(j, 10)).mean() for j in range(10)]
             found[f"diffusion_loss/{name}"] = float(torch.stack(losses).mean())
     return found
 
@@ -647,7 +650,7 @@ def signal_and_noise(gradients: torch.Tensor) -> dict: # (n, parameters), a row 
 def gradient_signal(tuner, episode: int = 0, progress=False) -> dict:
     "Signal and noise of the policy gradient at the start of an episode: of all trained steps together, and step by step."
     c, collected = tuner.config, collect(tuner, episode)
-    trajectories = [only(t, i) for t in collected for i in range(len(t.indices))]
+    trajectories = [select_text(t, i) for t in collected for i in range(len(t.indices))]
     if len(trajectories) < 3:
         raise UserError("signal and noise need the gradients of at least 3 texts: raise the batch size.")
     adv, rows, whole = make_signal(tuner, score_audio(tuner, collected), episode).to(tuner.device), [], 0.0

@@ -33,7 +33,7 @@ from .lora import merged
 from .rewards import get_reward
 from .rewards.base import CombinedReward, as_reward, check_as_reward, parse_formula
 from .text import prompts, read_texts, text_to_ids
-from .wavegrad2.model import load_wavegrad2, save_wavegrad2
+from .policies import load_policy
 
 # %% ../nbs/42_launch.ipynb #8b087547
 @dataclass
@@ -174,9 +174,9 @@ def check_given(config):
 def load_base(config):
     "The base model of a run."
     path = base_path(config.base_checkpoint)
-    model = load_wavegrad2(path)
-    if model.config.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{path} speaks at {model.config.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
+    model = load_policy(path)
+    if model.sample_rate != SAMPLE_RATE:
+        raise UserError(f"{path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
                         f"give a checkpoint trained at {SAMPLE_RATE} Hz.")
     return model
 
@@ -288,7 +288,7 @@ def train(tuner, run, config, watched=()):
             if board:
                 board.close()
     if run:
-        save_wavegrad2(merged(tuner.model), run.path / "checkpoints" / "tuned.safetensors", metadata(config))
+        merged(tuner.model).save(run.path / "checkpoints" / "tuned.safetensors", metadata(config))
 
 # %% ../nbs/42_launch.ipynb #9edbc2b5
 def judges(config, reward):
@@ -398,7 +398,7 @@ def shared_steps(config):
 
 def affordable(config, model, texts, device):
     "A config and texts whose episode can be measured in about a minute, and what the phases are to be multiplied with."
-    work = config.batch_size * config.rollout_steps * sum(p.numel() for p in model.decoder.parameters())
+    work = config.batch_size * config.rollout_steps * sum(p.numel() for module in model.trainable() for p in module.parameters())
     if device.type != "cpu" or work < 2e9:
         return config, texts, dict.fromkeys(("rollout", "reward", "update"), 1.0)
     small = replace(config, batch_size=2 * config.group_size * world_size(), rollout_steps=3, fork=0, train_steps="last:1", guidance_steps=1, guidance_levels="random")

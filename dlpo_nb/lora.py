@@ -36,25 +36,27 @@ def adapters(model) -> list:
 
 
 def add_lora(module, rank: int, alpha: float, generator=None):
-    "Put a change of this rank, scaled by alpha / rank, on every convolution of a module, and freeze all else in it."
-    convolutions = [child for child in module.modules() if isinstance(child, nn.Conv1d)]
-    if rank < 1 or not convolutions:
-        raise UserError(f"a low-rank change needs a rank of at least 1 and convolutions to change; the rank is {rank}.")
+    """Put a change of this rank, scaled by alpha / rank, on every convolution and linear layer of a module, and freeze all else in it.
+
+    Raises UserError if there is no such layer, or the rank is below 1."""
+    layers = [child for child in module.modules() if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    if rank < 1 or not layers:
+        raise UserError(f"a low-rank change needs a rank of at least 1 and layers to change; the rank is {rank}.")
     module.requires_grad_(False)
-    for conv in convolutions:
-        parametrize.register_parametrization(conv, "weight", LowRank(conv.weight, rank, alpha / rank, generator))
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, alpha / rank, generator))
 
 # %% ../nbs/40a_lora.ipynb #bb2bc6d1
 @contextmanager
 def without_adapters(model):
     "Inside, the model is the one that it was before."
-    found = adapters(model)
-    for adapter in found:
+    changes = adapters(model)
+    for adapter in changes:
         adapter.on = False
     try:
         yield
     finally:
-        for adapter in found:
+        for adapter in changes:
             adapter.on = True
 
 
@@ -81,9 +83,10 @@ def merged(model):
     if not adapters(model):
         return model
     whole = copy.deepcopy(model)
-    places = [(parent, name, child) for parent in whole.modules() for name, child in parent.named_children() if parametrize.is_parametrized(child)]
-    for parent, name, changed in places: # new convolutions: parametrized copies share their class with the model
-        plain = nn.Conv1d(changed.in_channels, changed.out_channels, changed.kernel_size, padding=changed.padding, dilation=changed.dilation)
-        plain.weight, plain.bias = nn.Parameter(changed.weight.detach()), changed.bias
-        setattr(parent, name, plain)
+    for layer in [layer for layer in whole.modules() if parametrize.is_parametrized(layer)]:
+        weight = layer.weight.detach()
+        # torch's own removal would change the class, which the copy shares with the model
+        layer.__class__ = layer.__class__.__bases__[0]
+        del layer.parametrizations
+        layer.weight = nn.Parameter(weight)
     return whole

@@ -40,7 +40,8 @@ from .diffusion import NoiseSchedule
 from .distributed import add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size
 from .text import SYMBOLS, pad_ids
 from .wavegrad2.encoder import length_mask
-from .wavegrad2.model import WaveGrad2, WaveGrad2Config, denoising_loss, duration_loss, load_wavegrad2, save_wavegrad2
+from .policy import denoising_loss, duration_loss
+from .wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
 # %% ../nbs/09_pretrain.ipynb #edceff4c
 def draw_levels(
@@ -390,7 +391,7 @@ def save_base(run):
     metadata = dict(
         config=config, steps=run.step, minutes=round(run.seconds / 60, 2), corpus_hours=round(run.items.hours, 2),
         validation=run.validation)
-    save_wavegrad2(base, run.folder.path / "base.safetensors", metadata)
+    base.save(run.folder.path / "base.safetensors", metadata)
 
 
 def write_state(run):

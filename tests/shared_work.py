@@ -34,7 +34,7 @@ def reward():
 def tuner_of(method, exact):
     model = ConvPolicy() if exact else spoken(make_model(config=TINY))
     options = dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6) if method in ("ddpo", "klinr") else dict(batch_size=6, micro_batch=4)
-    tuner = make_tuner(model, reward(), MORE, make_corpus(model.hop), method=method, dl_source="auto", guidance_steps=2, learning_rate=1e-3,
+    tuner = make_tuner(model, reward(), MORE, make_corpus(model.width), method=method, dl_source="auto", guidance_steps=2, learning_rate=1e-3,
                        **options)
     with torch.no_grad(): # off the reference, so that the penalties have gradients
         for p in tuner.parameters:

@@ -6,8 +6,9 @@ from torch import nn
 
 from dlpo_nb.finetune import Finetuner, FinetuneConfig
 from dlpo_nb.mdp import rollout
+from dlpo_nb.policy import Conditioning, Policy
 from dlpo_nb.text import text_to_ids
-from dlpo_nb.wavegrad2.model import Conditioning, WaveGrad2, WaveGrad2Config
+from dlpo_nb.wavegrad2.model import AUDIO_MAX, WaveGrad2, WaveGrad2Config
 
 TEXTS = ["Go home.", "The door is open.", "Rain."]
 SMALL = WaveGrad2Config(encoder_channels=16, speaker_channels=4, predictor_channels=8, first_up=16, up=(16, 16, 8, 8, 8), first_down=4,
@@ -59,9 +60,9 @@ def make_tuner(model=None, reward=quiet, texts=TEXTS, corpus=None, **options):
 
 
 def make_rollout(model, texts=TEXTS, **options):
-    schedule = FinetuneConfig(rollout_steps=6).schedule()
+    schedule = FinetuneConfig(rollout_steps=6).schedule(model)
     arguments = dict(steps=[3, 2, 1], key=(0, "test"), indices=list(range(len(texts)))) | options
-    return schedule, rollout(model, schedule, texts, [text_to_ids(t) for t in texts], **arguments)
+    return schedule, rollout(model, schedule, texts, model.encode(texts), **arguments)
 
 
 def make_corpus(hop, symbols=(3, 5, 4, 6) * 8, std=0.18, seed=1):
@@ -71,13 +72,23 @@ def make_corpus(hop, symbols=(3, 5, 4, 6) * 8, std=0.18, seed=1):
     return [SimpleNamespace(ids=list(range(1, n + 1)), frames=[1] * n, audio=a, samples=len(a)) for n, a in zip(symbols, audio)]
 
 
-class OwnPolicy(nn.Module):
-    """What a policy of one's own has to have; a frame for each of the first symbols, float64."""
+class OwnPolicy(Policy):
+    """A voice whose state is its audio, with a frame for each of the first symbols, float64."""
+
+    sample_rate = 16000
 
     def __init__(self, hop, longest):
-        super().__init__()
-        self.hop, self.longest, self.config = hop, longest, SimpleNamespace(sample_rate=16000, frame_rate=16000 / hop)
+        super().__init__(None)
+        self.width, self.frame_rate, self.longest = hop, 16000 / hop, longest
         self.encoder = nn.Embedding(151, 2, dtype=torch.float64)
+
+    def encode(self, texts): return [text_to_ids(text) for text in texts]
+
+    def render(self, x_0, conditioning): return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.width
+
+    def analyse(self, audio, conditioning): return audio
+
+    def denoising_error(self, eps, noise, level): return (eps - noise).abs()
 
     def condition(self, ids, lengths, durations=None):
         mask = ids > 0
@@ -103,9 +114,9 @@ class ConvPolicy(OwnPolicy):
     def predict_noise(self, x, hidden, level, frames=None):
         x, level = x.double(), level.double()
         frames = torch.full((len(x),), hidden.shape[-1]) if frames is None else frames
-        mask = (torch.arange(x.shape[1]) < frames[:, None] * self.hop).double()[:, None]
+        mask = (torch.arange(x.shape[1]) < frames[:, None] * self.width).double()[:, None]
         variance = (level * self.std).square() + 1 - level.square()
-        seen = torch.cat([(x / variance.sqrt())[:, None], hidden.repeat_interleave(self.hop, 2), level[:, :, None].expand(-1, 1, x.shape[1])], 1)
+        seen = torch.cat([(x / variance.sqrt())[:, None], hidden.repeat_interleave(self.width, 2), level[:, :, None].expand(-1, 1, x.shape[1])], 1)
         inner = self.decoder[0](seen * mask).tanh() * mask
         more = level * self.std / variance.sqrt() * self.decoder[1](inner)[:, 0]
         return ((1 - level.square()).sqrt() / variance * x + more) * mask[:, 0]

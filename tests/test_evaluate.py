@@ -25,7 +25,7 @@ from dlpo_nb.evaluate import (EvaluateConfig, ScoreBook, ask, bootstrap_interval
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
-from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
+from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -203,7 +203,7 @@ def run(tmp_path_factory):
     with torch.no_grad():
         for weight in model.decoder.parameters():
             weight *= 1.01
-    save_wavegrad2(model, folder / "checkpoints" / "tuned.safetensors")
+    model.save(folder / "checkpoints" / "tuned.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(base_checkpoint="tiny_base", rollout_steps=4, spacing="geometric")))
     return folder
 
@@ -303,7 +303,7 @@ def test_a_diverged_model_is_a_failure_not_a_crash(tmp_path):
     with torch.no_grad():
         for weight in model.decoder.parameters():
             weight.fill_(1e30)
-    save_wavegrad2(model, tmp_path / "gone.safetensors")
+    model.save(tmp_path / "gone.safetensors")
     failed = speak(System("gone", "model", tmp_path / "gone.safetensors"), ["One."], NoiseSchedule.linear().respaced(2), 0, tmp_path / "audio", "cpu")
     assert list(failed) == [0] and "diverged" in str(failed[0]) and not list((tmp_path / "audio").glob("*.wav"))
 

@@ -10,8 +10,9 @@ from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
 from dlpo_nb.finetune import SHIPPED, Finetuner, FinetuneConfig, gradient_signal, grid_level, load_state, save_state, text_indices
 from dlpo_nb.lora import adapters, merged, without_adapters
-from dlpo_nb.mdp import draw_steps, replay, rollout, sample_mask
+from dlpo_nb.mdp import draw_steps, replay, rollout
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.policy import state_mask
 from dlpo_nb.rewards.base import CombinedReward, as_reward
 
 
@@ -54,7 +55,7 @@ def test_bad_train_steps(spec):
 
 
 def test_mask():
-    assert sample_mask(torch.tensor([2, 1]), 3).tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+    assert state_mask(torch.tensor([2, 1]), 3).tolist() == [[1] * 6, [1] * 3 + [0] * 3]
 
 
 def test_dlpo_without_penalty_is_ddpo_bit_for_bit():

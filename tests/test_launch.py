@@ -12,7 +12,7 @@ from dlpo_nb.core import UserError, asset, run_main
 from dlpo_nb.evaluate import judge_options
 from dlpo_nb.launch import LaunchConfig, load_reward, texts_of
 from dlpo_nb.objectives import OBJECTIVES
-from dlpo_nb.wavegrad2.model import load_wavegrad2, save_wavegrad2
+from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--batch-size", "2", "--group-size", "2", "--heldout", "2", "--threads", "1"]
@@ -164,7 +164,7 @@ def broken_files(folder):
     (folder / "file").write_text("a file where a folder should be")
     model = load_wavegrad2(asset("tiny_base.safetensors"))
     object.__setattr__(model.config, "sample_rate", 16000)
-    save_wavegrad2(model, folder / "rate.safetensors")
+    model.save(folder / "rate.safetensors")
     return folder
 
 

@@ -28,12 +28,11 @@ from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.finetune import (FinetuneConfig, Gradients, baseline, collect, denoising_losses, drift, gather_gradients, load_state, log_ratios, make_signal,
                               policy_pass, recordings, save_state, score_audio, step_kl, text_indices, windowed_loss)
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
-from dlpo_nb.mdp import keyed_noise, replay, rollout, sample_mask, step_weight
+from dlpo_nb.mdp import keyed_noise, replay, rollout, step_weight
 from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages, get_objective
 from dlpo_nb.objectives.base import KL_FORMS, clipped_ratio, kl_divergence
+from dlpo_nb.policy import denoising_loss, state_mask
 from dlpo_nb.rewards.base import Reward
-from dlpo_nb.text import text_to_ids
-from dlpo_nb.wavegrad2.model import denoising_loss
 
 FULL = NoiseSchedule.linear()
 SCHEDULES = {"trailing 10": FULL.respaced(10), "geometric 10": FULL.respaced(10, "geometric"), "trailing 25": FULL.respaced(25)}
@@ -623,7 +622,7 @@ def make(method, model=None, **options):
     kind = get_objective(method)
     usual = "sample" if method in ("dlpo", "onlydl") else kind.speech if "denoising" in kind.needs else "auto"
     source = options.pop("dl_source", usual)
-    return make_tuner(model, corpus=make_corpus(model.hop) if source == "data" else None, method=method, dl_source=source, guidance_frames=3, **options)
+    return make_tuner(model, corpus=make_corpus(model.width) if source == "data" else None, method=method, dl_source=source, guidance_frames=3, **options)
 
 
 def stray(tuner, amount=0.05, seed=5):
@@ -677,7 +676,7 @@ def test_the_loop_scores_the_actions_that_were_taken(fork, reduction):
             assert torch.equal(replay(tuner.model, tuner.schedule, t, s)[0].detach(), t.log_prob[s])
         assert torch.equal(t.x_prev[0], t.x_t[1]) and torch.equal(t.x_prev[1], t.x_t[2]) and t.steps == [3, 2, 1]
         level = tuner.schedule.level(0).expand(2, 1)
-        eps = tuner.model.predict_noise(t.x_prev[2], t.hidden.repeat(2, 1, 1), level, t.frames.repeat(2))
+        eps = tuner.model.predict_noise(t.x_prev[2], t.conditioning.hidden.repeat(2, 1, 1), level, t.conditioning.frames.repeat(2))
         assert torch.equal(tuner.schedule.mean(eps, t.x_prev[2], 0).clamp(-1, 1 - 2**-10), t.audio)
     metrics = tuner.episode()
     assert metrics["ratio/mean"] == 1.0 and metrics["ratio/clipfrac"] == 0.0 and metrics["grad_norm/policy"] > 0
@@ -953,8 +952,8 @@ def test_a_batch_is_its_items(policy):
     def looked(texts, indices):
         schedule, t = make_rollout(tuner.model, texts, indices=indices)
         log_prob, eps = replay(tuner.model, schedule, t, 1)
-        noise, mask = keyed_noise([(n,) for n in indices], t.audio_lengths.tolist()), sample_mask(t.frames, tuner.model.hop)
-        d = denoising_loss(tuner.model, t.audio, t.hidden, torch.full((len(texts), 1), 0.8), noise, mask, t.frames, "none")
+        noise, mask = keyed_noise([(n,) for n in indices], t.x_0_lengths.tolist()), state_mask(t.conditioning.frames, tuner.model.width)
+        d = denoising_loss(tuner.model, t.x_0, t.conditioning.hidden, torch.full((len(texts), 1), 0.8), noise, mask, t.conditioning.frames, "none")
         return torch.stack([log_prob, step_kl(tuner, t, 1, eps), d, tuner.reward(t.audio, t.audio_lengths, 1, texts)]), t.audio_lengths
     together, lengths = looked(TEXTS, [0, 1, 2])
     assert len(set(lengths.tolist())) > 1
@@ -968,7 +967,7 @@ def test_a_short_recording_is_denoised_as_if_alone(monkeypatch):
     audio, hidden, frames, _ = recordings(tuner, "any")
     def looked():
         return windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 0, (0, "key"), 500)
-    before, behind = looked(), 1 - sample_mask(frames, tuner.model.hop)
+    before, behind = looked(), 1 - state_mask(frames, tuner.model.width)
     assert len(set(frames.tolist())) > 1
     monkeypatch.setattr("dlpo_nb.finetune.keyed_noise", lambda *args: keyed_noise(*args) + behind)
     torch.testing.assert_close(looked(), before, rtol=1e-12, atol=0)
@@ -983,7 +982,7 @@ def test_mean_and_sum_differ_by_the_length():
         assert torch.equal(call("sum") / lengths, call("mean"))
     tuners = {reduction: make("ddpo", reduction=reduction, batch_size=2) for reduction in ("mean", "sum")}
     (mean,), (summed,) = (collect(t, 0) for t in tuners.values())
-    assert torch.equal(summed.log_prob / summed.audio_lengths, mean.log_prob)
+    assert torch.equal(summed.log_prob / summed.x_0_lengths, mean.log_prob)
     close(gathered(tuners["sum"])[0].part("policy"), int(mean.audio_lengths[0]) * gathered(tuners["mean"])[0].part("policy"))
 
 
@@ -1005,7 +1004,7 @@ def test_autocast_leaves_the_log_probability_alone():
     fine = replay(tuner.model, schedule, t, 0)[1]
     wide = [v.repeat(2, 1) for v in (eps, t.x_t[0])]
     assert log_prob.dtype == torch.float64 and not torch.equal(eps, fine)
-    assert torch.equal(log_prob, schedule.transition_log_prob(*wide, t.x_prev[0], 3, sample_mask(t.frames.repeat(2), tuner.model.hop)))
+    assert torch.equal(log_prob, schedule.transition_log_prob(*wide, t.x_prev[0], 3, state_mask(t.conditioning.frames.repeat(2), tuner.model.width)))
 
 
 def only(t, steps):
@@ -1037,14 +1036,14 @@ def test_clipped_samples_are_scored_as_they_were_made(kind):
         with torch.no_grad():
             model.decoder.ublock_postconv.conv1d.weight.mul_(100)
     schedule, t = make_rollout(model, steps=[5, 4, 3, 2, 1])
-    assert 0.01 < t.clipped < 0.99
+    assert 0.01 < t.x0_clipped_share < 0.99
     for s, step in enumerate(t.steps):
         log_prob, eps = replay(model, schedule, t, s)
         assert torch.equal(log_prob.detach(), t.log_prob[s])
         eps = eps.detach().requires_grad_()
         (g,) = torch.autograd.grad(schedule.transition_log_prob(eps, t.x_t[s], t.x_prev[s], step).sum(), eps)
         outside = schedule.predict_x0(t.x_t[s], eps, step).abs() > 1
-        assert torch.equal(g != 0, ~outside & (sample_mask(t.frames, model.hop) > 0))
+        assert torch.equal(g != 0, ~outside & (state_mask(t.conditioning.frames, model.width) > 0))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -1054,7 +1053,7 @@ def test_micro_batches_are_one_batch(method):
     for size in (2, 4, 6):
         tuner = stray(make(method, batch_size=6, micro_batch=size, guidance_steps=2))
         trajectories = collect(tuner, 0)
-        assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len({n for t in trajectories for n in t.frames.tolist()}) > 1
+        assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len({n for t in trajectories for n in t.conditioning.frames.tolist()}) > 1
         found.append(gathered(tuner, trajectories, normal(6).abs()))
     for gradients, stats in found[1:]:
         assert gradients.parts.keys() == found[0][0].parts.keys()
@@ -1101,9 +1100,9 @@ def test_no_dropout_in_the_loop(trainable):
     tuner.episode()
     assert not any(m.training for m in tuner.model.modules())
     t = collect(tuner, 1)[0]
-    hidden = tuner.model.condition(t.ids, t.lengths, durations=t.durations).hidden
-    assert torch.equal(hidden, t.hidden)
-    one, other = (replay(tuner.model, tuner.schedule, t, 0, hidden)[0] for _ in range(2))
+    said = tuner.model.condition(t.ids, t.lengths, durations=t.conditioning.durations)
+    assert torch.equal(said.hidden, t.conditioning.hidden)
+    one, other = (replay(tuner.model, tuner.schedule, t, 0, said)[0] for _ in range(2))
     assert torch.equal(one, other) and torch.equal(one.detach(), t.log_prob[0])
 
 
@@ -1160,7 +1159,7 @@ def test_the_loop_on_the_chain(cubature, L, reduction, spacing):
         tuner = flawed(method, b, L, reduction=reduction, spacing=spacing, **({} if method == "ddpo" else dict(beta=2.0)))
         kappa = GaussianChain(tuner.schedule).kappa
         (t,) = collect(tuner, 0)
-        assert t.clipped == 0 and t.audio.shape == (12 * L, L)
+        assert t.x0_clipped_share == 0 and t.audio.shape == (12 * L, L)
         found, stats = gathered(tuner, [t])
         # sigma and level are float32 in the rollout
         assert found.part("policy").item() == pytest.approx(-flawed_slope(tuner) / share, rel=1e-6)
@@ -1190,12 +1189,12 @@ def test_log_ratios_are_sums_over_the_samples(reduction, trainable):
     tuner = stray(make("klinr", reduction=reduction, trainable=trainable))
     trajectories, exact = collect(tuner, 0), []
     for t in trajectories:
-        wide, k = sample_mask(t.frames.repeat(2), tuner.model.hop), 0
+        wide, k = state_mask(t.conditioning.frames.repeat(2), tuner.model.width), 0
         for s, step in enumerate(t.steps):
             for sign, policy in ((1, tuner.model), (-1, tuner.reference)):
-                hidden = policy.condition(t.ids, t.lengths, durations=t.durations).hidden.repeat(2, 1, 1)
+                hidden = policy.condition(t.ids, t.lengths, durations=t.conditioning.durations).hidden.repeat(2, 1, 1)
                 x = t.x_t[s].repeat(2 // len(t.x_t[s]), 1)
-                eps = policy.predict_noise(x, hidden, tuner.schedule.level(step).expand(2, 1), t.frames.repeat(2))
+                eps = policy.predict_noise(x, hidden, tuner.schedule.level(step).expand(2, 1), t.conditioning.frames.repeat(2))
                 k = k + sign * tuner.schedule.transition_log_prob(eps, x, t.x_prev[s], step, wide, "sum")
         exact.append(k.detach())
     found = log_ratios(tuner, trajectories)
@@ -1233,7 +1232,7 @@ def trained(method, reward, updates, **options):
     """A small policy after some updates: the metrics of each, and the tuner."""
     policy = ConvPolicy()
     settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, dl_source="data" if method == "dlpo" else "auto") | options
-    tuner = make_tuner(policy, reward, FOUR, make_corpus(policy.hop), method=method, **settings)
+    tuner = make_tuner(policy, reward, FOUR, make_corpus(policy.width), method=method, **settings)
     return [tuner.episode() for _ in range(updates)], tuner
 
 

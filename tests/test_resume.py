@@ -17,7 +17,7 @@ from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranki
 from dlpo_nb.core import UserError, read_jsonl
 from dlpo_nb.finetune import Finetuner
 from dlpo_nb.launch import LaunchConfig, begin, train
-from dlpo_nb.wavegrad2.model import read_safetensors
+from dlpo_nb.weights import read_safetensors
 
 EPISODES = 6
 SETTINGS = dict(method="klinr", reward="loud - 0.5*long", normalise="z", episodes=EPISODES, batch_size=6, group_size=2, micro_batch=4, fork=3, rollout_steps=6,

@@ -18,8 +18,8 @@ from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.wavegrad2.decoder import level_embedding
 from dlpo_nb.wavegrad2.encoder import length_mask
-from dlpo_nb.wavegrad2.model import (WaveGrad2, WaveGrad2Config, denoising_loss, duration_loss, load_wavegrad2,
-                                     save_wavegrad2)
+from dlpo_nb.policy import denoising_loss, duration_loss
+from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 from dlpo_nb.wavegrad2.upsampling import round_durations
 
 NARROW = WaveGrad2Config(encoder_channels=24, speaker_channels=4, predictor_channels=12, first_up=24, up=(24, 16, 16, 8, 8),
@@ -261,7 +261,7 @@ def test_training_losses(base, ref, size):
     level = SCHEDULES["lin1000_start10"]().levels.float()[ref["train_step"] - 1][:, None]
     eps = noise(shape, f"ref/train/eps{size}")
     diffusion = denoising_loss(base, audio, hidden, level, eps)
-    seconds = duration_loss(said.seconds, ref["durations"], said.mask)
+    seconds = duration_loss(said.seconds, ref["durations"], said.mask, 73.5)
     total, l1, duration = ref[f"{name}_losses"].tolist()
     assert diffusion.item() == pytest.approx(l1, rel=1e-5) and seconds.item() == pytest.approx(duration, rel=1e-5)
     assert (diffusion + seconds).item() == pytest.approx(total, rel=1e-5)
@@ -275,7 +275,7 @@ def test_gradients(base, ref):
     level = SCHEDULES["lin1000_start10"]().levels.float()[ref["train_step"] - 1][:, None]
     loss = denoising_loss(base, audio, hidden, level, noise((2, 2400), "ref/train/eps8"))
     base.zero_grad()
-    (loss + duration_loss(said.seconds, ref["durations"], said.mask)).backward()
+    (loss + duration_loss(said.seconds, ref["durations"], said.mask, 73.5)).backward()
     norms = {name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item() for name, m in base.named_children()}
     base.zero_grad()
     expected = dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299)
@@ -293,7 +293,7 @@ def test_training_mode_loss(base, ref):
     try:
         audio, hidden, said = training_case(base, ref, 8, ref["train8_starts"].tolist())
         diffusion = denoising_loss(base, audio, hidden, level, noise((2, 2400), "ref/train/eps8")).item()
-        seconds = duration_loss(said.seconds, ref["durations"], said.mask).item()
+        seconds = duration_loss(said.seconds, ref["durations"], said.mask, 73.5).item()
     finally:
         base.load_state_dict(saved, strict=False)
         base.eval()
@@ -504,7 +504,7 @@ def test_training_step_under_autocast():
         said = model.condition(ids, lengths, durations)
         loss = denoising_loss(model, torch.randn(3, 300 * said.hidden.shape[2]), said.hidden, torch.tensor([[0.5]] * 3),
                               torch.randn(3, 300 * said.hidden.shape[2]))
-    (loss + duration_loss(said.seconds, durations, said.mask)).backward()
+    (loss + duration_loss(said.seconds, durations, said.mask, 73.5)).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -556,7 +556,7 @@ def test_bad_configuration(changes):
 @pytest.fixture
 def saved(tmp_path):
     model, path = narrow(preconditioned=True, data_std=0.2), tmp_path / "model.safetensors"
-    save_wavegrad2(model, path, {"note": "hello", "steps": 3})
+    model.save(path, {"note": "hello", "steps": 3})
     return model, path
 
 
@@ -572,7 +572,7 @@ def test_round_trip(saved, tmp_path):
     again = load_wavegrad2(path)
     assert_same(model, again)
     assert again.config == model.config and again.metadata == {"note": "hello", "steps": "3"}
-    save_wavegrad2(model, path, half=True)
+    model.save(path, half=True)
     assert_same(model, load_wavegrad2(path), 1e-3)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"], "no temporary file stays"
     loss = denoising_loss(again.train(), torch.randn(1, 600), torch.randn(1, 28, 2), torch.tensor([[0.5]]), torch.randn(1, 600))
@@ -633,7 +633,7 @@ def test_evil_pickle_in_place_of_the_weights(tmp_path):
         with pytest.raises(UserError):
             load_wavegrad2(path)
     path.write_bytes(pickle.dumps(Evil(evidence)))
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         load_wavegrad2(path)
     assert not evidence.exists()
 
@@ -653,8 +653,8 @@ def test_files_that_are_no_checkpoints(saved, tmp_path):
     torch.save({"state_dict": {"a": torch.ones(3)}}, archive)
     with zipfile.ZipFile(tmp_path / "docs.zip", "w") as file:
         file.writestr("readme.txt", "hello")
-    contents = {b"": "no checkpoint", b"<html></html>": "web page", b"version https://git-lfs.github.com/spec/v1": "no checkpoint",
-                whole[:5]: "no checkpoint", whole[:200]: "damaged", whole[: len(whole) // 2]: "damaged",
+    contents = {b"": "not a checkpoint", b"<html></html>": "web page", b"version https://git-lfs.github.com/spec/v1": "not a checkpoint",
+                whole[:5]: "not a checkpoint", whole[:200]: "damaged", whole[: len(whole) // 2]: "damaged",
                 archive.read_bytes(): "no WaveGrad 2", archive.read_bytes()[:-40]: "damaged", (tmp_path / "docs.zip").read_bytes(): "damaged"}
     for content, message in contents.items():
         bad.write_bytes(content)
@@ -690,4 +690,4 @@ def test_wrong_entries(saved, tmp_path):
 
 def test_saving_where_it_cannot_be(saved, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
-        save_wavegrad2(saved[0], tmp_path / "no" / "folder" / "model.safetensors")
+        saved[0].save(tmp_path / "no" / "folder" / "model.safetensors")

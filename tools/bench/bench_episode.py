@@ -70,14 +70,14 @@ def network(config, device):
     tuner = tuner_of(config, {}, device)
     ids = torch.tensor([text_to_ids(text)[: config.symbols] for text in (tuner.texts * 4)[:4]], device=device)
     cond = tuner.model.condition(ids, torch.full((4,), ids.shape[1], device=device))
-    x, step = torch.randn(4, int(cond.frames.max()) * tuner.model.hop, device=device), torch.full((4, 1), 0.5, device=device)
+    x, step = torch.randn(4, int(cond.frames.max()) * tuner.model.width, device=device), torch.full((4, 1), 0.5, device=device)
     rows = {}
     for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         def work():
             with torch.no_grad(), torch.autocast(device.type, kind, enabled=kind != torch.float32):
                 tuner.model.predict_noise(x, cond.hidden, step, cond.frames)
         limit, asked, spent = ceilings(device, kind), cost(work), seconds(work, device)
-        rows[name] = {**asked, **limit, "seconds": spent, "audio_seconds": x.numel() / tuner.model.config.sample_rate,
+        rows[name] = {**asked, **limit, "seconds": spent, "audio_seconds": x.numel() / tuner.model.sample_rate,
                       "share_of_flops": asked["flops"] / spent / limit["flops_per_s"], "share_of_bytes": asked["bytes"] / spent / limit["bytes_per_s"]}
         print(f"{name}: a step of {rows[name]['audio_seconds']:.0f} s of audio takes {1000 * spent:.1f} ms, {asked['flops'] / 1e9:.0f} GFLOP "
               f"({100 * rows[name]['share_of_flops']:.0f} % of the ceiling), {asked['bytes'] / 1e9:.1f} GB ({100 * rows[name]['share_of_bytes']:.0f} %)", flush=True)
