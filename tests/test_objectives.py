@@ -310,12 +310,12 @@ def test_kl_is_kappa_times_the_squared_difference_and_torchs(schedule):
     for t in (1, schedule.num_steps // 2, schedule.num_steps - 1):
         ours = kl_divergence(schedule, eps, ref, x_t, t, reduction="sum", clip=False)
         kappa = schedule.betas[t] / (2 * schedule.alphas[t] * (1 - schedule.alphas_cumprod_prev[t]))
-        torch.testing.assert_close(ours, kappa * (eps - ref).square().sum(1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(ours, kappa * (eps - ref).square().sum(1), rtol=1e-10, atol=0)
         sigma = schedule.posterior_variance[t].sqrt()
         for clip in (True, False):
             one, two = (Normal(schedule.mean(e, x_t, t, clip), sigma) for e in (eps, ref))
             found = kl_divergence(schedule, eps, ref, x_t, t, reduction="sum", clip=clip)
-            torch.testing.assert_close(found, torch_kl(one, two).sum(1), rtol=1e-12, atol=0)
+            torch.testing.assert_close(found, torch_kl(one, two).sum(1), rtol=1e-10, atol=0)
 
 
 def test_forms_of_the_divergence():

@@ -246,7 +246,7 @@ def recorded_batch(ref, size, level=None):
 @torch.no_grad()
 def test_losses_are_those_of_the_released_trainer(base, ref, size):
     losses = torch.stack(batch_losses(base.eval(), recorded_batch(ref, size), "float32", reference=True))
-    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref[f"train{size}_losses"].tolist(), rel=1e-5)
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref[f"train{size}_losses"].tolist(), rel=1e-4)
 
 
 def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(base, ref, config, monkeypatch):
@@ -257,9 +257,9 @@ def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(ba
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     train_step(run, recorded_batch(ref, 8))
     total, l1, duration = ref["train8_losses"].tolist()
-    assert run.sums.tolist() == pytest.approx([l1, duration, 6.724852, 1], rel=1e-5)
+    assert run.sums.tolist() == pytest.approx([l1, duration, 6.724852, 1], rel=1e-4)  # tolerances: see test_wavegrad2
     norms = {name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item() for name, m in base.named_children()}
-    assert norms == pytest.approx(dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299), rel=1e-4)
+    assert norms == pytest.approx(dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299), rel=1e-3)
     # Adam's first step goes as far as its learning rate, wherever the gradient is not next to nothing
     moved = torch.cat([(p.detach() - before[name])[p.grad.abs() > 1e-3].abs() for name, p in base.named_parameters()])
     assert len(moved) > 10_000 and (moved - 3e-4).abs().max() < 1e-5
@@ -274,7 +274,7 @@ def test_training_mode_is_that_of_the_released_trainer(base, ref):
     base.train()
     losses = torch.stack(batch_losses(base, recorded_batch(ref, 8, ref["train_mode_noise_level"]), "float32", reference=True))
     fill(base)
-    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref["train8_trainmode_losses"].tolist(), rel=1e-5)
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref["train8_trainmode_losses"].tolist(), rel=1e-4)
 
 
 def test_without_padding_ours_is_theirs(config):

@@ -208,7 +208,7 @@ def test_moments_are_those_of_all_numbers_at_once():
     moments = Moments()
     for few in values.split([1, 2, 97, 400]):
         moments.update(few)
-    np.testing.assert_allclose(moments.z(values), (values - values.mean()) / values.std(correction=0), atol=1e-9)
+    np.testing.assert_allclose(moments.z(values), (values - values.mean()) / values.std(correction=0), atol=1e-8)  # numbers near 1e6 are 1e-10 apart
     assert Moments().z(torch.tensor([3.0])).tolist() == [3.0]  # nothing is known yet
     one = Moments()
     one.update(torch.tensor([0.25, 0.25]))
