@@ -22,5 +22,8 @@ setup(
     package_data={"dlpo_nb": ["assets/*", "assets/speech_train/*", "assets/speech_train/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "voice": cfg["voice_requirements"].split(),
+        "dev": (cfg["dev_requirements"] + " " + cfg["voice_requirements"]).split(),
+    },
 )

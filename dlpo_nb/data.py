@@ -18,9 +18,11 @@ import subprocess
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -124,14 +126,15 @@ def _run_festival(names, texts, folder):
     return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"festival ended with exit status {run.returncode}"
 
 
-def keep_utterance(out, name, text, audio, phones, frames):
-    "Writes OUT/audio/NAME.flac, audio (samples,) int16 at 22.05 kHz; returns the line of the manifest, a dict."
+def keep_utterance(out, name, text, audio, phones, frames, sample_rate=SAMPLE_RATE, **more):
+    "Writes OUT/audio/NAME.flac, audio (samples,) int16; returns the line of the manifest, a dict, with what `more` there is to say."
     path = out / "audio" / f"{name}.flac"
     try:
-        soundfile.write(path, audio, SAMPLE_RATE)
+        soundfile.write(path, audio, sample_rate)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot write {path}: {error}; free some space or choose another --out") from error
-    return dict(id=name, text=text, phones=phones, frames=frames, samples=len(audio))
+    rate = {} if sample_rate == SAMPLE_RATE else dict(sample_rate=sample_rate)
+    return dict(id=name, text=text, phones=phones, frames=frames, samples=len(audio), **rate, **more)
 
 # %% ../nbs/03_data.ipynb #e58bdeff
 def speak_texts(
@@ -166,21 +169,25 @@ def speak_texts(
 # %% ../nbs/03_data.ipynb #17d9f736
 @dataclass
 class CorpusConfig:
-    "Let festival speak texts: python -m dlpo_nb.data --texts FILE --out FOLDER"
+    "Let a voice speak texts: python -m dlpo_nb.data --texts FILE --out FOLDER"
     texts: Path  # a file with one text a line
     out: Path  # folder of the corpus; an unfinished one is completed
-    workers: int = 2  # festival processes at a time
+    voice: Literal["festival", "hibari"] = "festival"  # hibari is the natural one: pip install 'dlpo_nb[voice]'
+    sample_rate: int = SAMPLE_RATE  # 24000 with hibari keeps its own rate
+    workers: int = 2  # processes at a time
     limit: int | None = None  # speak only so many texts
     fragments: bool = False  # cut the texts into pieces of 2 to 8 words first
 
 
-def _finished(out, texts):
-    "Ids that the corpus in `out` has; UserError where they belong to other texts."
-    path = out / "manifest.jsonl"
+def _finished(config, texts):
+    "Ids that the corpus has; UserError where they belong to other texts or another voice."
+    out, path = config.out, config.out / "manifest.jsonl"
     rows = read_jsonl(path) if path.exists() else []
     for row in rows:
         if not row["id"].isdigit() or int(row["id"]) >= len(texts) or texts[int(row["id"])] != row["text"]:
             raise UserError(f"{out} was made from other texts (its {row['id']} is {row['text'][:40]!r}); choose another --out")
+        if (made := (row.get("voice", "festival"), row.get("sample_rate", SAMPLE_RATE))) != (config.voice, config.sample_rate):
+            raise UserError(f"{out} was spoken by {made[0]} at {made[1]} Hz; choose another --out")
     return {row["id"] for row in rows}
 
 
@@ -195,35 +202,55 @@ def _prepare(config):
         (config.out / "failures.txt").write_text("")
     except OSError as error:
         raise UserError(f"cannot write the corpus folder {config.out}: {error.strerror}; choose another --out") from error
-    done = _finished(config.out, texts)
+    done = _finished(config, texts)
     return texts, [(name, text) for i, text in enumerate(texts) if (name := f"{i:06d}") not in done]
 
 # %% ../nbs/03_data.ipynb #5c2dbb4a
-def make_corpus(config: CorpusConfig, progress: bool = True):
-    "Speaks the texts that are missing in the corpus; returns (utterances there now, failures)."
-    from tqdm import tqdm
-    check_festival()
-    texts, todo = _prepare(config)
-    chunks = [todo[i : i + 16] for i in range(0, len(todo), 16)]
-    stop, failed = threading.Event(), 0
-    bar = tqdm(total=len(texts), initial=len(texts) - len(todo), unit="text", disable=not progress)
-    with bar, ThreadPoolExecutor(config.workers) as pool, open(config.out / "failures.txt", "a", encoding="utf-8") as failures:
+@contextmanager
+def _festival_spoken(chunks, out, workers):
+    "An iterator over the results of `speak_texts`, a list for each chunk, in order."
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for results in pool.map(partial(speak_texts, out=config.out, stop=stop), chunks):
-                for result in results:
-                    if isinstance(result, dict):
-                        append_jsonl(config.out / "manifest.jsonl", result)
-                    else:
-                        failed += 1
-                        failures.write("\t".join(result) + "\n")
-                        bar.write(f"not spoken: {result[1][:60]!r}: {result[2]}")
-                bar.update(len(results))
+            yield pool.map(partial(speak_texts, out=out, stop=stop), chunks)
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _voice(config):
+    "What speaks chunks of texts, to be opened by `with`; UserError where the voice is missing or has another rate."
+    if config.voice == "hibari":
+        from dlpo_nb.hibari import check_hibari, spoken
+        check_hibari(config.sample_rate)
+        return partial(spoken, sample_rate=config.sample_rate)
+    check_festival()
+    if config.sample_rate != SAMPLE_RATE:
+        raise UserError(f"festival speaks at {SAMPLE_RATE} Hz only; leave out --sample-rate, or give --voice hibari")
+    return _festival_spoken
+
+
+def make_corpus(config: CorpusConfig, progress: bool = True):
+    "Speaks the texts that are missing in the corpus; returns (utterances there now, failures)."
+    from tqdm import tqdm
+    voice = _voice(config)
+    texts, todo = _prepare(config)
+    chunks = [todo[i : i + 16] for i in range(0, len(todo), 16)]
+    failed = 0
+    bar = tqdm(total=len(texts), initial=len(texts) - len(todo), unit="text", disable=not progress)
+    with bar, voice(chunks, config.out, config.workers) as spoken, open(config.out / "failures.txt", "a", encoding="utf-8") as failures:
+        for results in spoken:
+            for result in results:
+                if isinstance(result, dict):
+                    append_jsonl(config.out / "manifest.jsonl", result)
+                else:
+                    failed += 1
+                    failures.write("\t".join(result) + "\n")
+                    bar.write(f"not spoken: {result[1][:60]!r}: {result[2]}")
+            bar.update(len(results))
     if failed == len(texts):
-        raise UserError(f"festival spoke none of the {len(texts)} texts; {config.out}/failures.txt says why")
+        raise UserError(f"{config.voice} spoke none of the {len(texts)} texts; {config.out}/failures.txt says why")
     return len(texts) - failed, failed
 
 # %% ../nbs/03_data.ipynb #edf805ea
@@ -258,6 +285,7 @@ def read_flac(
     path,  # of an audio file of a corpus
     samples,  # what the manifest says it has
     decode=True,  # False: look at the header only
+    sample_rate=SAMPLE_RATE,
 ):
     "Audio (samples,) int16, or None without `decode`. UserError where the file cannot be read or is another's."
     try:
@@ -266,8 +294,8 @@ def read_flac(
             audio = file.read(dtype="int16") if decode else None
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot read {path}: {error}; delete the corpus and make it again") from error
-    if found != (1, samples, SAMPLE_RATE) or (decode and len(audio) != samples):
-        raise UserError(f"{path} has {found[0]} x {found[1]} samples at {found[2]} Hz, the manifest says 1 x {samples} at {SAMPLE_RATE}; make the corpus again")
+    if found != (1, samples, sample_rate) or (decode and len(audio) != samples):
+        raise UserError(f"{path} has {found[0]} x {found[1]} samples at {found[2]} Hz, the manifest says 1 x {samples} at {sample_rate}; make the corpus again")
     return audio
 
 
@@ -291,9 +319,10 @@ class Item:
     frames: list[int]
     path: Path
     held: np.ndarray | None = None  # the audio, where the corpus is held in memory
+    sample_rate: int = SAMPLE_RATE
 
     @property
-    def audio(self): return read_flac(self.path, self.samples) if self.held is None else self.held
+    def audio(self): return read_flac(self.path, self.samples, sample_rate=self.sample_rate) if self.held is None else self.held
 
     @cached_property
     def samples(self): return HOP * sum(self.frames)
@@ -313,7 +342,7 @@ class Corpus:
         return Corpus(self.items[index]) if isinstance(index, slice) else self.items[index]
 
     @property
-    def hours(self): return sum(item.samples for item in self.items) / SAMPLE_RATE / 3600
+    def hours(self): return sum(item.samples / item.sample_rate for item in self.items) / 3600
 
     @property
     def frames(self): return [sum(item.frames) for item in self.items]
@@ -321,6 +350,7 @@ class Corpus:
 # %% ../nbs/03_data.ipynb #203cdb05
 def load_corpus(
     folder: str | Path,  # with manifest.jsonl and audio/
+    sample_rate: int = SAMPLE_RATE,  # Hz, of the model that will hear it
 ) -> Corpus:
     "All utterances of a corpus, in memory up to `HELD` samples. UserError where files are missing or do not fit the manifest."
     folder = Path(folder)
@@ -331,13 +361,15 @@ def load_corpus(
         raise UserError(f"the corpus in {folder} is empty; make it with python -m dlpo_nb.data")
     for row in rows:
         _check_row(row, folder)
+        if (rate := row.get("sample_rate", SAMPLE_RATE)) != sample_rate:
+            raise UserError(f"the corpus in {folder} is at {rate} Hz, the model hears {sample_rate}; make it again with --sample-rate {sample_rate}")
     ends = list(itertools.accumulate(row["samples"] for row in rows))
     audio = np.empty(ends[-1], np.int16) if ends[-1] <= HELD else None
 
     def read(row, end):
-        item = Item(row["id"], row["text"], row["phones"], row["frames"], folder / "audio" / f"{row['id']}.flac")
+        item = Item(row["id"], row["text"], row["phones"], row["frames"], folder / "audio" / f"{row['id']}.flac", sample_rate=sample_rate)
         if audio is None:
-            read_flac(item.path, item.samples, decode=False)
+            read_flac(item.path, item.samples, decode=False, sample_rate=sample_rate)
             return item
         view = audio[end - item.samples : end]
         view[:] = item.audio
