@@ -73,7 +73,10 @@ def read_transcript(folder):
         raise UserError(f"cannot read {path}: {error}; write NAME|TEXT lines in UTF-8") from error
     if lines and all("|" in line for line in lines):
         found = {file.stem: file for file in reversed(files)}
-        names = [(Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name, text.strip()) for name, *_, text in (line.split("|") for line in lines)]
+        # three fields in every line are LJSpeech's id|text|normalised text; else what follows the first bar is the text
+        fields = 2 if all(line.count("|") == 2 and "| " not in line for line in lines) else 1
+        rows = [line.split("|", fields) for line in lines]
+        names = [(Path(row[0]).stem if Path(row[0]).suffix.lower() in SUFFIXES else row[0], row[-1].strip()) for row in rows]
         return [(found.get(name, Path(folder) / f"{name}.wav"), text) for name, text in names]
     if len(lines) != len(files):
         raise UserError(f"{path} has {len(lines)} lines for {len(files)} recordings; write one line a recording in the order of the "

@@ -416,3 +416,12 @@ def test_the_demo_recordings_are_judged_as_recorded(shared):
     clips = [read_clip(shared / "data" / "dlpo_demo" / f"{name}_dlpo.flac")[0] for name in names[:2]]
     again = ask(get_reward("dnsmos"), "dnsmos", clips, [""] * 2)
     assert all(abs(a - row["dnsmos"]) < 1e-4 for a, row in zip(again, ours["dlpo"]))
+
+
+def test_a_bar_inside_a_text_is_part_of_it(tmp_path):
+    from dlpo_nb.systems import read_transcript
+
+    for content, want in ((("c1|Press A | B now.", "c2|My uncle."), ["Press A | B now.", "My uncle."]), (("c1|Press A | B now.",), ["Press A | B now."]),
+                          (("c1|Dr. Ray|doctor ray", "c2|No.|no"), ["doctor ray", "no"])):
+        (tmp_path / "texts.txt").write_text("\n".join(content) + "\n", encoding="utf-8")
+        assert [text for _, text in read_transcript(tmp_path)] == want

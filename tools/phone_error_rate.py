@@ -12,7 +12,8 @@ from pathlib import Path
 import jiwer
 
 from dlpo_nb.core import UserError, run_main
-from dlpo_nb.text import _dictionary, pronunciations, text_to_words
+from dlpo_nb.normalisation import dictionary
+from dlpo_nb.text import pronunciations, text_to_words
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "frontend" / "phone_error_rate.json"
 LITTLE = set("a an and as at been can could do for from had has have he her him his i if in into is it its me must my nor not of on or our shall she "
@@ -55,7 +56,7 @@ def cause(word, ours, theirs):
         return "spelled letters"
     if bare(theirs) in map(bare, pronunciations(word)):
         return "another entry of the dictionary (homographs, variants)"
-    if word not in _dictionary():
+    if word not in dictionary():
         return "words that our dictionary lacks"
     vowels = [(a, b) for a, b in zip(ours, theirs) if a != b]
     if len(ours) == len(theirs) and all(a[-1] in "02" and b[-1] in "02" for a, b in vowels):
