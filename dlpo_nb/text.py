@@ -250,9 +250,9 @@ def pronunciations(
     word: str,  # one of `text_to_words`
 ) -> list[list[str]]:
     "All ways to say a word that differ in more than stress: first as `text_to_phones` says it, then the dictionary's others."
-    entries = [] if word.isupper() else map(_our_habits, entries().get(word, []))
+    listed = [] if word.isupper() else map(_our_habits, entries().get(word, []))
     ways = {}
-    for phones in (_pronounce(word), *entries):
+    for phones in (_pronounce(word), *listed):
         ways.setdefault(tuple(phone.rstrip("012") for phone in phones), phones)
     return list(ways.values())
 
