@@ -123,6 +123,11 @@ class Policy(nn.Module, ABC):
         write_weights(path, self.state_dict(), (metadata or {}) | words, half)
 
     @classmethod
+    def recognises(cls, state) -> bool:
+        "Whether tensors without metadata, a released file's, are this kind's."
+        return False
+
+    @classmethod
     def read_config(cls, path, state, metadata):
         "The configuration of a file with tensors `state`, of its metadata. Raises UserError if there is none that can be used."
         try:
@@ -218,13 +223,14 @@ def duration_loss(
 
 # %% ../nbs/04b_policy.ipynb #fd78f464
 def load_policy(
-    path, # a file of `Policy.save`, or a released checkpoint of WaveGrad 2
+    path, # a file of `Policy.save`, or a released checkpoint
     device="cpu",
     kind: str | None = None, # what it must be; None: whatever it says
 ) -> Policy: # in evaluation mode, float32; `.metadata` is what the file says about itself
     "Read a policy without executing anything in the file. Raises UserError if that cannot be done."
     state, metadata = read_weights(path)
-    stored = metadata.get("kind", "wavegrad2")
+    known = (name for name in POLICIES.names() if POLICIES.get(name).recognises(state))
+    stored = metadata.get("kind") or next(known, kind or "wavegrad2")
     if kind not in (None, stored):
         raise UserError(f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file")
     entry = POLICIES.get(stored)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .encoder import symbol_of_frame
+
 # %% ../../nbs/11e_gradtts_small.ipynb #78bf90a0
 class Block(nn.Module):
     "Residual block: each position sees `kernel` positions, `dilation` apart; `film` is the size of what modulates it, 0: nothing."
@@ -78,8 +80,8 @@ class Encoder(nn.Module):
     ) -> torch.Tensor: # (B, C + width, T) with T the longest item; the last `width` rows are mu, 0 past an item's end
         "Each symbol for as long as it lasts."
         ends = durations.cumsum(1)
-        t = torch.arange(int(ends[:, -1].max()), device=x.device)
-        symbol = torch.searchsorted(ends, t.expand(len(x), -1).contiguous(), right=True).clamp(max=x.shape[1] - 1)
+        symbol = symbol_of_frame(durations)
+        t = torch.arange(symbol.shape[1], device=x.device)
         lasts = durations.gather(1, symbol).clamp(min=1).float()
         place = ((t - (ends - durations).gather(1, symbol)).float() + 0.5) / lasts
         position = torch.stack([place, place.square(), 1 / lasts, lasts.log(), torch.sin(math.pi * place)], -1)
