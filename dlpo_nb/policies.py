@@ -6,5 +6,6 @@
 __all__ = []
 
 # %% ../nbs/08d_all_policies.ipynb #8b077179
+from .gradtts.model import GradTTS
 from .policy import POLICIES, Policy, load_policy
 from .wavegrad2.model import WaveGrad2

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Conditioning', 'state_mask', 'check_symbols', 'Policy', 'evaluating', 'draw_noise', 'as_id_lists',
-           'synthesise', 'denoising_loss', 'duration_loss', 'load_policy']
+           'synthesise', 'denoising_loss', 'duration_loss', 'stored_config', 'load_policy']
 
 # %% ../nbs/04b_policy.ipynb #45cd67d6
 import json
@@ -130,10 +130,7 @@ class Policy(nn.Module, ABC):
     @classmethod
     def read_config(cls, path, state, metadata):
         "The configuration of a file with tensors `state`, of its metadata. Raises UserError if there is none that can be used."
-        try:
-            return cls.Config(**json.loads(metadata[cls.kind]))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"the configuration in {path} cannot be used ({error}); it was written by another version or by hand") from error
+        return stored_config(cls, path, metadata)
 
 # %% ../nbs/04b_policy.ipynb #c95f20eb
 @contextmanager
@@ -222,6 +219,14 @@ def duration_loss(
     return ((seconds - durations / frame_rate) ** 2 * mask).sum(dims) / mask.sum(dims)
 
 # %% ../nbs/04b_policy.ipynb #fd78f464
+def stored_config(entry, path, metadata):
+    "The configuration of a policy class in the metadata of a file."
+    try:
+        return entry.Config(**json.loads(metadata[entry.kind]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the configuration in {path} cannot be used ({error}); it was written by another version or by hand") from error
+
+
 def load_policy(
     path, # a file of `Policy.save`, or a released checkpoint
     device="cpu",

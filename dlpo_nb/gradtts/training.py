@@ -13,6 +13,7 @@ import torch
 
 from ..core import UserError
 from .encoder import symbol_of_frame
+from .model import speaker_vectors
 from .sde import alpha_bar, noise_of_score
 
 # %% ../../nbs/11d_gradtts_training.ipynb #2815eec0
@@ -80,7 +81,7 @@ def released_losses(
     speakers: torch.Tensor | None = None,
 ) -> Losses:
     "Losses of a batch without known durations (Popov et al. 2021, section 3.4)."
-    voice = policy.speaker_vectors(lengths, speakers) if policy.config.n_speakers > 1 else None
+    voice = speaker_vectors(policy, lengths, speakers)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     mu, log_durations = policy.encoder(ids, mask, *([voice] if policy.config.speaker_in_encoder else []))
     durations = monotonic_alignment(frame_log_prob(mu.detach(), mel), lengths, frames)
