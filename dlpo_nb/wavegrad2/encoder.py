@@ -21,8 +21,12 @@ def length_mask(
 
 def packed_lstm(lstm: nn.LSTM, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     "Run a (bidirectional) LSTM over x (B, L, C), each item up to its own length; rows beyond it are 0."
+    if x.device.type == "cpu": # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
+        x = x.to(lstm.weight_hh_l0.dtype)
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    return pad_packed_sequence(lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+    with torch.autocast("cpu", enabled=False):
+        out, _ = lstm(packed)
+    return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
 
 # %% ../../nbs/05_encoder.ipynb #0233c60b
 def masked_norm(
