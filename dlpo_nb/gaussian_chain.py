@@ -96,15 +96,15 @@ class GaussianChain(ChainSampler):
         return float(pull.mean()), float((pull * self.overlap).mean()) * self.slope
 
 # %% ../nbs/30b_gaussian_chain.ipynb #330d069f
-def chain_slices(objective, chain, b, x, signal, generator, b_ref=0.0, speech="sample"):
+def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="sample"):
     "Every slice that `objective` asks for: the chains `x` under b, which is (n, 1) and wants a gradient; D on x_0 or on data N(0, 1)."
-    actions, n, penalty = range(1, chain.schedule.num_steps), len(signal), None
+    actions, n, penalty = range(1, chain.schedule.num_steps), len(weights), None
     if "denoising" in objective.needs:
         k = torch.randint(0, chain.schedule.num_steps, (n,), generator=generator)
         said, noise = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
         d = chain.denoising(x[0] if speech == "sample" else said, b, k, noise)
-        yield Replay(signal, denoising=d)
-        if getattr(objective, "score_part", False):
+        yield Replay(weights, denoising=d)
+        if objective.reward_side:
             penalty = d.detach() - d.detach().mean()
     if "log_ratio" in objective.needs:
         ratios = [chain.log_prob(x, t, b.detach()) - chain.log_prob(x, t, b_ref) for t in actions]
@@ -113,16 +113,16 @@ def chain_slices(objective, chain, b, x, signal, generator, b_ref=0.0, speech="s
         for t in actions:
             log_prob = chain.log_prob(x, t, b)
             kl = chain.kl(x, t, b, b_ref) if "kl" in objective.needs else None
-            yield Replay(signal, log_prob, log_prob.detach(), kl, penalty)
+            yield Replay(weights, log_prob, log_prob.detach(), kl, penalty)
 
 
 def chain_gradient(objective, chain, b: float, n: int, generator, reward, normalise=lambda r: r, b_ref=0.0, speech="sample") -> dict:
     "Gradient of the loss for each of n samples, (n,): 'policy', 'penalty' and their sum 'total'. `reward` maps x_0 (n,) to (n,)."
     x = chain.rollout(b, n, generator)
     theta = torch.full((n, 1), b, dtype=torch.float64, requires_grad=True)
-    signal = objective.signal(reward(x[0][:, 0]), normalise)
+    weights = objective.weights_of(reward(x[0][:, 0]), normalise)
     found = {part: torch.zeros(n, dtype=torch.float64) for part in ("policy", "penalty")}
-    for replay in chain_slices(objective, chain, theta, x, signal, generator, b_ref, speech):
+    for replay in chain_slices(objective, chain, theta, x, weights, generator, b_ref, speech):
         loss = objective(replay)
         for part in found:
             value = getattr(loss, part)

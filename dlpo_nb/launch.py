@@ -17,18 +17,19 @@ import os
 import re
 import resource
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 
 from .audio import SAMPLE_RATE, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
 from .core import RunDir, UserError, asset, base_path, environment, read_jsonl, run_main
 from .data import load_corpus
 from .distributed import begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size
-from .finetune import Finetuner, FinetuneConfig, drift, finetune, load_state
+from .config import FinetuneConfig, applicable, from_flags
+from .diagnostics import drift
+from .finetune import Finetuner, finetune, load_state
 from .lora import merged
 from .rewards import get_reward
 from .rewards.base import CombinedReward, as_reward, check_as_reward, parse_formula
@@ -77,14 +78,14 @@ class LaunchConfig(FinetuneConfig):
             raise UserError(f"--batch-size {self.batch_size} has {groups} texts for {processes} processes; each needs one: use fewer, or a larger batch.")
 
 # %% ../nbs/42_launch.ipynb #120f87f5
-PRESETS = {
-    "tiny": LaunchConfig(),
-    "tiny-paper": LaunchConfig(beta=1.0, guidance_steps=10),
-    "small": LaunchConfig(
+PRESETS = { # settings by their flat names; a method takes those that it has
+    "tiny": {},
+    "tiny-paper": dict(beta=1.0, denoising_steps=10),
+    "small": dict(
         base_checkpoint="", max_words=8, batch_size=128, group_size=8, rollout_steps=25, train_steps="random:5", fork=0, micro_batch=32, episodes=100,
         watch_every=10, precision="bfloat16"),
-    "paper": LaunchConfig(
-        base_checkpoint="", texts="", corpus="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa", beta=1.0, guidance_steps=10,
+    "paper": dict(
+        base_checkpoint="", texts="", corpus="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa", beta=1.0, denoising_steps=10,
         train_steps="random:10", rollout_steps=1000, spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch=4, advantage="batch",
         episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32),
 }
@@ -128,7 +129,7 @@ def parse(argv=None):
     if config.resume and config.out:
         preset, stored = stored_config(config.out)
         config = read_flags(argv, stored) # what the command does not say stays as it was
-        check_same(stored, config)
+        check_same(LaunchConfig.of(**stored), config)
     config = config.resolved()
     config.check()
     return preset, config
@@ -145,9 +146,9 @@ def check_same(stored, config):
             raise UserError(f"--{name.replace('_', '-')} is {now}, but the run in {config.out} was begun with {before}; leave it out, or start a new run.")
 
 
-def read_flags(argv, default):
-    "Settings from flags on top of defaults."
-    return tyro.cli(LaunchConfig, prog="python -m dlpo_nb.launch", description=MANUAL, default=default, args=argv)
+def read_flags(argv, defaults):
+    "Settings from flags on top of flat defaults."
+    return from_flags(LaunchConfig, argv, defaults, "python -m dlpo_nb.launch", MANUAL)
 
 
 def stored_config(out):
@@ -155,7 +156,7 @@ def stored_config(out):
     try:
         stored = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
         preset = stored.pop("preset", "tiny")
-        return preset, LaunchConfig(**stored | {"resume": True})
+        return preset, applicable(LaunchConfig, stored) | {"resume": True}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"there is no run to go on with in {out} (no readable config.json); check --out or start it without --resume.") from error
 
@@ -240,8 +241,9 @@ def banner(preset, config, texts, heldout):
     print(f"{config.method} on preset {preset}, seed {config.seed}{shuffled}")
     print(f"  {config.episodes} episodes x {config.batch_size} rollouts ({groups} texts x {config.group_size}), {config.rollout_steps} {config.spacing} steps, "
           f"training {config.train_steps}")
-    penalty = "no penalty" if config.beta is None else f"beta {config.beta:g}"
-    print(f"  reward {config.reward}, alpha {config.alpha:g}, {penalty}, learning rate {config.learning_rate:g}")
+    options = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in vars(config.objective).items())
+    print(f"  {config.method}: {options}")
+    print(f"  reward {config.reward}, learning rate {config.learning_rate:g}")
     places = f"{torch.get_num_threads()} CPU threads" + (f" each in {world_size()} processes" if world_size() > 1 else "")
     print(f"  {len(texts)} train texts, {len(heldout)} held-out texts, {places}", flush=True)
 
@@ -401,12 +403,12 @@ def affordable(config, model, texts, device):
     work = config.batch_size * config.rollout_steps * sum(p.numel() for module in model.trainable() for p in module.parameters())
     if device.type != "cpu" or work < 2e9:
         return config, texts, dict.fromkeys(("rollout", "reward", "update"), 1.0)
-    small = replace(config, batch_size=2 * config.group_size * world_size(), rollout_steps=3, fork=0, train_steps="last:1", guidance_steps=1, guidance_levels="random")
+    small = replace(config, batch_size=2 * config.group_size * world_size(), rollout_steps=3, fork=0, train_steps="last:1", denoising_steps=1, denoising_levels="random")
     short = sorted(texts, key=len)[: max(2 * world_size(), len(texts) // 10)]
     phones = lambda some: sum(len(text_to_ids(text)) for text in some) / len(some)
     share = config.batch_size / small.batch_size * phones(texts) / phones(short)
     trained = config.rollout_steps - 1 if config.train_steps == "all" else int(config.train_steps.partition(":")[2])
-    return small, short, {"rollout": share * (config.rollout_steps - shared_steps(config)) / 3, "reward": share, "update": share * (trained + config.guidance_steps) / 2}
+    return small, short, {"rollout": share * (config.rollout_steps - shared_steps(config)) / 3, "reward": share, "update": share * (trained + config.denoising_steps) / 2}
 
 
 def memory(device):
@@ -455,7 +457,7 @@ def begin(preset, config, tuner):
         run = open_run(preset, config)
         if not all((run.path / name).exists() for name in ("environment.json", "config.json")):
             run.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
-        run.write_json("config.json", {"preset": preset, **asdict(config)}) # last: with it the folder holds a run
+        run.write_json("config.json", {"preset": preset, **config.flat()}) # last: with it the folder holds a run
         state = load_last(tuner, run.path / "checkpoints") # in a new run there is none
         run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
         return run, state

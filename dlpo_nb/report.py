@@ -277,12 +277,12 @@ def change_cells(metric, reach=0):
 # %% ../nbs/52_report.ipynb #a6171a68
 def control_command(run):
     "The command lines that run the shuffled control of a run and lay the two side by side."
-    from dlpo_nb.launch import PRESETS
+    from dlpo_nb.launch import PRESETS, LaunchConfig, applicable
     preset = run.config.get("preset", "tiny")
     default, away = PRESETS.get(preset), ("control", "out", "resume", "dry_run")
-    if default: # with what the method fills in, which need not be said again
-        default = replace(default, method=run.config["method"]).resolved()
-    flags = [part for key, value in run.config.items() if key not in away and getattr(default, key, value) != value
+    if default is not None: # with what the method fills in, which need not be said again
+        default = LaunchConfig.of(**applicable(LaunchConfig, default | {"method": run.config["method"]})).resolved().flat()
+    flags = [part for key, value in run.config.items() if key not in away and default.get(key, value) != value
              for part in ("--" + key.replace("_", "-"), str(value))]
     name = Path(f"{run.path}-control")
     return (shlex.join(["python", "-m", "dlpo_nb.launch", preset, *flags, "--control", "shuffle-advantages", "--out", str(name)])

@@ -2,12 +2,14 @@
 import sys
 
 import torch
-from small_policy import TEXTS, TINY, ConvPolicy, make_corpus, make_model, make_tuner, spoken
+from small_policy import TEXTS, TINY, ConvPolicy, gradients_of, make_corpus, make_model, make_tuner, spoken
+from toy_mel import make_toy_mel
 
 from dlpo_nb.checkpoints import heldout_reward
 from dlpo_nb.distributed import join, leave, rank
 from dlpo_nb.evaluate import synthesise_all
-from dlpo_nb.finetune import SHIPPED, collect, gather_gradients, make_signal, score_audio
+from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.rollouts import collect, make_advantages, score_audio
 from dlpo_nb.rewards.base import CombinedReward, Reward
 
 MORE = [*TEXTS, "It is late.", "We walked along the river.", "Yes."]
@@ -32,9 +34,9 @@ def reward():
 
 
 def tuner_of(method, exact):
-    model = ConvPolicy() if exact else spoken(make_model(config=TINY))
+    model = make_toy_mel(kind=torch.float64) if exact == "toy" else ConvPolicy() if exact else spoken(make_model(config=TINY))
     options = dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6) if method in ("ddpo", "klinr") else dict(batch_size=6, micro_batch=4)
-    tuner = make_tuner(model, reward(), MORE, make_corpus(model.width), method=method, dl_source="auto", guidance_steps=2, learning_rate=1e-3,
+    tuner = make_tuner(model, reward(), MORE, make_corpus(round(model.sample_rate / model.frame_rate)), method=method, denoising_steps=2, learning_rate=1e-3,
                        **options)
     with torch.no_grad(): # off the reference, so that the penalties have gradients
         for p in tuner.parameters:
@@ -45,8 +47,7 @@ def tuner_of(method, exact):
 def look(method, exact):
     tuner = tuner_of(method, exact)
     trajectories = collect(tuner, 0)
-    signal = make_signal(tuner, score_audio(tuner, trajectories), 0).to(tuner.device)
-    gradients = gather_gradients(tuner, trajectories, signal, None, 0, 0)[0]
+    gradients = gradients_of(tuner, trajectories, make_advantages(tuner, score_audio(tuner, trajectories), 0))[0]
     found = {f"gradient/{part}": gradients.part(part) for part in ("policy", "penalty")}
     tuner = tuner_of(method, exact)
     found["log"] = [{k: v for k, v in tuner.episode().items() if "seconds" not in k} for _ in range(3)]
@@ -58,7 +59,8 @@ def look(method, exact):
 
 if __name__ == "__main__":
     join("cpu")
-    found = {(method, exact): look(method, exact) for method in SHIPPED for exact in (True, False)}
+    found = {(method, exact): look(method, exact) for method in OBJECTIVES.names() for exact in (True, False)}
+    found |= {(method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")} # a state that is not a waveform
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
     if rank() == 0:

@@ -1,10 +1,13 @@
 """Untrained policies of a few thousand numbers or of one, and the loop around them, for more than one test file."""
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 
-from dlpo_nb.finetune import Finetuner, FinetuneConfig
+from dlpo_nb.config import FinetuneConfig
+from dlpo_nb.finetune import Finetuner
+from dlpo_nb.gradients import Gradients, Log
 from dlpo_nb.mdp import rollout
 from dlpo_nb.policy import Conditioning, Policy
 from dlpo_nb.text import text_to_ids
@@ -53,10 +56,24 @@ def quiet(audio, lengths, rate, texts):
 
 
 def make_tuner(model=None, reward=quiet, texts=TEXTS, corpus=None, **options):
-    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", guidance_frames=8) | options
+    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", denoising_frames=8) | options
     settings.setdefault("micro_batch", settings["group_size"])
-    settings.setdefault("dl_source", "sample" if settings.get("method", "dlpo") in ("dlpo", "onlydl") else "auto")
-    return Finetuner(FinetuneConfig(**settings), model or spoken(make_model()), reward, texts, corpus)
+    if corpus is None and settings.get("method", "dlpo") in ("dlpo", "onlydl"):
+        settings.setdefault("denoising_source", "sample")
+    return Finetuner(FinetuneConfig.of(**settings), model or spoken(make_model()), reward, texts, corpus)
+
+
+def gradients_of(tuner, trajectories, advantages, e=0):
+    """Gradients and statistics of the slices of an update whose optimiser stands still."""
+    gradients, logs = [], []
+
+    def kept(kind, place):
+        return lambda *arguments: place.append(kind(*arguments)) or place[-1]
+
+    with mock.patch("dlpo_nb.finetune.Gradients", kept(Gradients, gradients)), mock.patch("dlpo_nb.finetune.Log", kept(Log, logs)), \
+            mock.patch.object(tuner.optimiser, "step"):
+        tuner.update(trajectories, advantages, e)
+    return gradients[0], logs[0].means()
 
 
 def make_rollout(model, texts=TEXTS, **options):

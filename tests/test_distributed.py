@@ -14,7 +14,7 @@ import torch
 
 from dlpo_nb import distributed
 from dlpo_nb.core import UserError
-from dlpo_nb.finetune import SHIPPED
+from dlpo_nb.objectives import OBJECTIVES
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node", "2", "--device", "cpu"]
@@ -37,7 +37,7 @@ def close(one, two, tolerance):
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
-@pytest.mark.parametrize("method", SHIPPED)
+@pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_gradients_and_updates(method, exact, both):
     one, two = (found[method, exact] for found in both)
     for part in ("gradient/policy", "gradient/penalty"):
@@ -46,12 +46,22 @@ def test_gradients_and_updates(method, exact, both):
     close(one["weights"], two["weights"], 1e-10 if exact else 1e-5)
 
 
+@pytest.mark.parametrize("method", ["dlpo", "klinr", "rwr"])
+def test_a_voice_whose_state_is_a_spectrogram(method, both):
+    one, two = (found[method, "toy"] for found in both)
+    for part in ("gradient/policy", "gradient/penalty", "weights"):
+        close(one[part], two[part], 1e-9)
+    assert one["gradient/policy"].any()
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+
+
 def test_what_is_evaluated_is_spoken_in_parts(both):
     one, two = (found["spoken"] for found in both)
     assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-@pytest.mark.parametrize("method", SHIPPED)
+@pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_the_log_is_that_of_the_whole_batch(method, both):
     one, two = (found[method, True] for found in both)
     for a, b in zip(one["log"], two["log"], strict=True):

@@ -25,7 +25,8 @@ from dlpo_nb.evaluate import (EvaluateConfig, ScoreBook, ask, bootstrap_interval
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
-from dlpo_nb.wavegrad2.model import load_wavegrad2
+from dlpo_nb.text import text_to_ids
+from dlpo_nb.wavegrad2.model import AUDIO_MAX, load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,11 +35,17 @@ TEXTS = ["Good morning.", "The kettle is on.", "Six grey geese crossed the wide 
 
 class Toy(torch.nn.Module):
     "A policy that is exact a sample at a time, so that batching must not change a bit; `slow` frames a symbol."
-    hop = 300
+    width = 300
 
     def __init__(self, slow=2, gain=0.5):
         super().__init__()
         self.slow, self.gain = slow, torch.nn.Parameter(torch.tensor(gain))
+
+    def encode(self, texts):
+        return [text_to_ids(text) for text in texts]
+
+    def render(self, x_0, conditioning):
+        return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.width
 
     def condition(self, ids, lengths):
         frames = lengths * self.slow

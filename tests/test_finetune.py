@@ -8,12 +8,16 @@ from small_policy import TEXTS, TINY, make_model, make_rollout, make_tuner, quie
 
 from dlpo_nb.core import UserError
 from dlpo_nb.data import load_corpus
-from dlpo_nb.finetune import SHIPPED, Finetuner, FinetuneConfig, gradient_signal, grid_level, load_state, save_state, text_indices
+from dlpo_nb.config import FinetuneConfig, applicable, from_flags
+from dlpo_nb.denoising import grid_level
+from dlpo_nb.diagnostics import gradient_signal
+from dlpo_nb.finetune import Finetuner, load_state, save_state
 from dlpo_nb.lora import adapters, merged, without_adapters
 from dlpo_nb.mdp import draw_steps, replay, rollout
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.policy import state_mask
 from dlpo_nb.rewards.base import CombinedReward, as_reward
+from dlpo_nb.rollouts import text_indices
 
 
 @pytest.mark.parametrize("group_size, fork", [(1, None), (2, None), (3, 3), (2, 4)])
@@ -122,9 +126,9 @@ def test_a_reward_that_is_not_finite_names_its_text():
 
 
 def test_a_state_is_of_one_method(tmp_path):
-    save_state(make_tuner(method="ddpo", dl_source="auto"), tmp_path / "state.pt")
+    save_state(make_tuner(method="ddpo"), tmp_path / "state.pt")
     with pytest.raises(UserError, match="--method ddpo"):
-        load_state(make_tuner(method="klinr", dl_source="auto"), tmp_path / "state.pt")
+        load_state(make_tuner(method="klinr"), tmp_path / "state.pt")
 
 
 def test_an_objective_of_ones_own(tmp_path):
@@ -133,7 +137,7 @@ def test_an_objective_of_ones_own(tmp_path):
     (example,) = [block for block in text.split("```python\n")[1:] if "objectives.cautious" in block]
     exec(compile(example.split("```")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": __name__})
     try:
-        tuner = make_tuner(method="cautious", dl_source="auto", episodes=2)
+        tuner = make_tuner(method="cautious", episodes=2)
         assert tuner.episode()["grad_norm/penalty"] == 0 and tuner.episode()["grad_norm/penalty"] > 0
     finally:
         OBJECTIVES.entries.pop("cautious")
@@ -141,19 +145,22 @@ def test_an_objective_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("form", ["mse", "l1", "l2"])
 def test_kl_form_reaches_the_loss(form):
-    exact, other = make_tuner(method="dpok", dl_source="auto"), make_tuner(method="dpok", dl_source="auto", kl_form=form)
+    exact, other = make_tuner(method="dpok"), make_tuner(method="dpok", kl_form=form)
     for tuner in (exact, other):
         tuner.episode()
     assert exact.episode()["kl/policy_states"] != other.episode()["kl/policy_states"]
 
 
 def test_what_is_left_to_the_method():
-    found = {m: FinetuneConfig(method=m).resolved() for m in SHIPPED}
-    assert {m: c.beta for m, c in found.items()} == dict(rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None)
-    assert found["rwr"].dl_source == "sample" and found["released"].dl_source == found["dlpo"].dl_source == "data"
-    assert FinetuneConfig(reduction="sum").resolved().clip_range == 0.2 and found["ddpo"].clip_range == 1e-4
-    assert [FinetuneConfig(method="rwr", tau=2.0).resolved().objective().tau, found["dlpo"].objective().score_part] == [2.0, False]
+    found = {m: FinetuneConfig.of(m).resolved() for m in OBJECTIVES.names()}
+    built = {m: c.objective for m, c in found.items()}
+    betas = dict(rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None)
+    assert {m: getattr(built[m], "beta", None) for m in betas} == betas
+    assert built["rwr"].denoising_source == "sample" and built["released"].denoising_source == built["dlpo"].denoising_source == "data"
+    assert FinetuneConfig.of(reduction="sum").resolved().objective.clip_range == 0.2 and built["ddpo"].clip_range == 1e-4
+    assert FinetuneConfig.of("rwr", tau=2.0).resolved().objective.tau == 2.0 and not built["dlpo"].reward_side
     assert all(c.resolved() == c for c in found.values()), "resolving again changes nothing, so that a run can be resumed"
+    assert all(FinetuneConfig.of(**applicable(FinetuneConfig, c.flat())) == c for c in found.values()), "and what is written down is read again"
 
 
 def test_levels_on_the_grid():
@@ -187,9 +194,9 @@ def test_broken_state_file(tmp_path):
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(method="ddpo", kl_form="l1", dl_source="auto"), "option of dpok"), (dict(method="released", dl_source="sample"), "data"),
+    (dict(method="ddpo", kl_form="l1"), "option of dpok"), (dict(method="released", denoising_source="sample"), "option of dlpo, onlydl"),
     (dict(rollout_steps=1, fork=0, train_steps="all"), "at least 2"), (dict(batch_size=1, group_size=1, advantage="batch"), "at least 2 rewards"),
-    (dict(beta=float("nan")), "beta"), (dict(train_steps="last:²"), "train steps"), (dict(method="dpok", dl_source="auto", tau=2.0), "option of rwr"),
+    (dict(beta=float("nan")), "beta"), (dict(train_steps="last:²"), "train steps"), (dict(method="dpok", tau=2.0), "option of rwr"),
     (dict(batch_size=5), "group-size"), (dict(control="x"), "control"), (dict(episodes=0), "episodes"), (dict(trainable="x"), "trainable"),
     (dict(fork=6), "fork"), (dict(train_steps="all"), "--fork"), (dict(train_steps="random:2"), "--fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
 ])
@@ -200,18 +207,18 @@ def test_bad_settings(options, word):
 
 def test_penalty_on_recordings(data):
     corpus = load_corpus(data / "corpus_tiny")
-    config = dict(episodes=1, batch_size=4, group_size=2, fork=3, rollout_steps=6, guidance_frames=8, dl_source="data")
-    tuner = Finetuner(FinetuneConfig(**config), spoken(make_model()), quiet, TEXTS, corpus)
-    assert not tuner.objective.score_part, "on recordings the score part is pure variance"
+    config = dict(episodes=1, batch_size=4, group_size=2, fork=3, rollout_steps=6, denoising_frames=8, denoising_source="data")
+    tuner = Finetuner(FinetuneConfig.of(**config), spoken(make_model()), quiet, TEXTS, corpus)
+    assert not tuner.objective.reward_side, "on recordings the score part is pure variance"
     metrics = tuner.episode()
     assert metrics["diffusion_loss"] > 0 and metrics["grad_norm/penalty"] > 0 and metrics["ratio/mean"] == 1.0
-    with pytest.raises(UserError, match="dl-source"):
-        Finetuner(FinetuneConfig(**config), make_model(), quiet, TEXTS)
+    with pytest.raises(UserError, match="denoising-source"):
+        Finetuner(FinetuneConfig.of(**config), make_model(), quiet, TEXTS)
 
 
 def test_bfloat16_is_close_and_on_policy():
     """Half precision in the network moves the numbers a little, the first ratio not at all."""
-    exact, half = (make_tuner(method="dpok", dl_source="auto", precision=kind).episode() for kind in ("float32", "bfloat16"))
+    exact, half = (make_tuner(method="dpok", precision=kind).episode() for kind in ("float32", "bfloat16"))
     assert half["ratio/mean"] == 1.0 and half["kl"] == 0.0
     assert half["reward/mean"] != exact["reward/mean"] == pytest.approx(half["reward/mean"], rel=0.05)
     assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.2) # 8 bits in each product: 1 to 2 %, by processor
@@ -239,7 +246,7 @@ def test_scoring_overlaps_the_rollouts(monkeypatch):
             begun.set()
         return rollout(*arguments, **options)
 
-    monkeypatch.setattr("dlpo_nb.finetune.rollout", watched)
+    monkeypatch.setattr("dlpo_nb.rollouts.rollout", watched)
     make_tuner(batch_size=12, reward=reward).episode()
     assert len(places) == len(heard) == 6 and all(heard)
 
@@ -247,9 +254,9 @@ def test_scoring_overlaps_the_rollouts(monkeypatch):
 @pytest.mark.parametrize("method", ["dlpo", "dpok", "klinr"])
 def test_low_rank_changes_begin_at_the_reference(method):
     """Ratio 1 and KL 0 at the start, without a second model; the base is untouched and is the reference to the end."""
-    plain, tuner = make_tuner(method=method, dl_source="auto", penalty_parts="auto", corpus=None) if method != "dlpo" else make_tuner(), None
+    plain, tuner = make_tuner(method=method) if method != "dlpo" else make_tuner(), None
     before = {k: v.clone() for k, v in plain.model.state_dict().items()}
-    tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2, **({} if method == "dlpo" else {"dl_source": "auto"}))
+    tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2)
     first, second = tuner.episode(), tuner.episode()
     assert first["ratio/mean"] == second["ratio/mean"] == 1.0 and first["kl"] == 0.0 < second["kl"]
     assert first["reward/mean"] == plain.episode()["reward/mean"] and len(tuner.parameters) == 2 * len(adapters(tuner.model))

@@ -151,7 +151,7 @@ def test_help_is_a_manual():
     done = launch("--help")
     assert done.returncode == 0
     for word in ("examples:", "--method", "--episodes", "--batch-size", "--control", "--base-checkpoint", "--out", "--resume", "--seed", "--dry-run",
-                 "--alpha", "--beta", "--advantage", "--kl-form", "--reduction", "--estimator", "--dl-source", "--penalty-parts", "--guidance-steps", "--rwr-weights",
+                 "--alpha", "--beta", "--advantage", "--kl-form", "--reduction", "--estimator", "--denoising-source", "--penalty-parts", "--denoising-steps", "--rwr-weights",
                  "--train-steps", "--trainable", "tiny-paper"):
         assert word in done.stdout
 
@@ -173,8 +173,8 @@ def broken_files(folder):
     (["--no-such-flag"], ["no-such-flag"]),
     (["huge"], ["huge", "tiny"]),
     (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
-    (["--method", "rwr", "--dl-source", "data"], ["rwr", "sample"]),
-    (["--penalty-parts", "both"], ["--penalty-parts both", "--dl-source sample"]),
+    (["--method", "rwr", "--dl-source", "data"], ["--denoising-source", "dlpo, onlydl", "rwr"]),
+    (["--penalty-parts", "both"], ["--penalty-parts both", "--denoising-source sample"]),
     (["--method", "dpok", "--kl-form", "l3"], ["l3", "exact"]),
     (["--advantage", "zscore"], ["zscore", "leave-one-out"]),
     (["--estimator", "score", "--inner-epochs", "2"], ["--estimator score"]),

@@ -19,25 +19,37 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from small_policy import TEXTS, TINY, ConvPolicy, FlawedPolicy, make_corpus, make_model, make_rollout, make_tuner, quiet, spoken
+from small_policy import TEXTS, TINY, ConvPolicy, FlawedPolicy, gradients_of, make_corpus, make_model, make_rollout, make_tuner, quiet, spoken
 from torch.distributions import Normal, kl_divergence as torch_kl
 
 from dlpo_nb import mdp
 from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.finetune import (FinetuneConfig, Gradients, baseline, collect, denoising_losses, drift, gather_gradients, load_state, log_ratios, make_signal,
-                              policy_pass, recordings, save_state, score_audio, step_kl, text_indices, windowed_loss)
+from dlpo_nb.config import FinetuneConfig
+from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_loss
+from dlpo_nb.diagnostics import drift
+from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
 from dlpo_nb.mdp import keyed_noise, replay, rollout, step_weight
-from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages, get_objective
+from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages
+from dlpo_nb.objectives import get_objective as build
 from dlpo_nb.objectives.base import KL_FORMS, clipped_ratio, kl_divergence
 from dlpo_nb.policy import denoising_loss, state_mask
+from dlpo_nb.reference import log_ratios, step_kl
 from dlpo_nb.rewards.base import Reward
+from dlpo_nb.rollouts import collect, make_advantages, score_audio, text_indices
 
 FULL = NoiseSchedule.linear()
 SCHEDULES = {"trailing 10": FULL.respaced(10), "geometric 10": FULL.respaced(10, "geometric"), "trailing 25": FULL.respaced(25)}
 METHODS = OBJECTIVES.names() # a method of your own, imported in 39, runs the tests of every method
 B = 0.3
+# on the chain: the paper's beta, and D both as a loss and inside the reward
+PAPER = {"dpok": dict(beta=1.0), "klinr": dict(beta=1.0), "dlpo": dict(beta=1.0, penalty_parts="both"), "onlydl": dict(beta=1.0, penalty_parts="both")}
+
+
+def get_objective(name, **options):
+    return build(name, **PAPER.get(name, {}) | options)
+
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
@@ -286,7 +298,7 @@ def test_clipped_ratio_is_the_literal_maximum(clip):
     assert torch.equal(stopped, outside & (weight.sign() == (ratio - 1).sign())) and torch.equal(stopped, ours == 0)
     assert 100 < stopped.sum() < outside.sum() < 1900
     pull, hold = weight - 1.5, torch.full_like(weight, 1.5)
-    loss = get_objective("klinr", clip_range=clip, beta=1.0)(Replay(pull, log_prob, old, penalty=-hold))
+    loss = get_objective("klinr", clip_range=clip, beta=1.0)(Replay(pull, log_prob, old, in_reward_penalty=-hold))
     torch.testing.assert_close(loss.total, literal.mean(), rtol=1e-12, atol=1e-12)
 
 
@@ -355,7 +367,7 @@ def test_both_brakes_are_absent_at_the_start(schedule, b):
         assert (found["penalty"] == 0).all() and torch.equal(found["total"], 2 * ddpo)
     x = chain.rollout(b, 500, seeded())
     for replayed in chain_slices(get_objective("klinr"), chain, parameter(500, b), x, x[0][:, 0], seeded(), b_ref=b):
-        assert (replayed.penalty == 0).all() and torch.equal(replayed.advantage, x[0][:, 0]), "no log-ratio, and the reward as it was"
+        assert (replayed.in_reward_penalty == 0).all() and torch.equal(replayed.advantage, x[0][:, 0]), "no log-ratio, and the reward as it was"
 
 
 @each_schedule
@@ -405,7 +417,7 @@ def analytic_in_reward(chain, x):
     theta, actions = parameter(len(x[0])), range(1, chain.schedule.num_steps)
     analytic, total = sum(chain.kl(x, t, B) for t in actions), 0
     for replayed in chain_slices(get_objective("klinr"), chain, theta, x, torch.zeros(len(x[0])).double(), seeded()):
-        loss = get_objective("klinr")(replace(replayed, penalty=analytic))
+        loss = get_objective("klinr")(replace(replayed, in_reward_penalty=analytic))
         total = total + torch.autograd.grad(len(x[0]) * loss.total, theta)[0][:, 0]
     return total
 
@@ -430,13 +442,13 @@ def denoising_parts(schedule, b, **options):
     K = schedule.num_steps
     x, noise = chain.rollout(b, extra=1), chain.noise(extra=1)[:, [K]]
     theta = parameter(len(noise), b)
-    objectives = {part: get_objective("dlpo", alpha=0.0, direct_part=part == "direct", score_part=part == "score", **options) for part in found}
+    objectives = {part: get_objective("dlpo", alpha=0.0, penalty_parts="direct" if part == "direct" else "reward", **options) for part in found}
     for k in range(K):
         d = chain.denoising(x[0], theta, torch.full((len(noise),), k), noise)
         slices = {"direct": [Replay(None, denoising=d)], "score": []}
         for t in range(1, K):
             log_prob = chain.log_prob(x, t, theta)
-            slices["score"].append(Replay(torch.zeros(len(noise)).double(), log_prob, log_prob.detach(), penalty=d.detach()))
+            slices["score"].append(Replay(torch.zeros(len(noise)).double(), log_prob, log_prob.detach(), in_reward_penalty=d.detach()))
         for part, objective in objectives.items():
             loss = sum(objective(s).total for s in slices[part])
             found[part] += float(torch.autograd.grad(loss, theta, retain_graph=True)[0].sum()) / K
@@ -467,7 +479,7 @@ def test_direct_and_score_part_by_sampling():
     """22, 23, Monte Carlo."""
     chain, n = GaussianChain(), 200_000
     for part, exact in zip(("direct", "score"), chain.denoising_slopes(B)):
-        objective = get_objective("dlpo", alpha=0.0, direct_part=part == "direct", score_part=part == "score")
+        objective = get_objective("dlpo", alpha=0.0, penalty_parts="direct" if part == "direct" else "reward")
         agrees(chain_gradient(objective, chain, B, n, seeded(), identity)["penalty"], exact)
 
 
@@ -475,15 +487,15 @@ def test_the_score_part_on_data_is_noise_and_is_refused():
     """25: E[D score] = 0 on data; the direct part there is 2b, and asking for the score part is an error."""
     chain, n = GaussianChain(), 100_000
     for part, exact in (("score", 0.0), ("direct", 2 * B)):
-        objective = get_objective("dlpo", alpha=0.0, direct_part=part == "direct", score_part=part == "score")
+        objective = get_objective("dlpo", alpha=0.0, penalty_parts="direct" if part == "direct" else "reward")
         agrees(chain_gradient(objective, chain, B, n, seeded(), identity, speech="data")["penalty"], exact)
     for method in ("dlpo", "onlydl"):
         for parts in ("both", "score"):
-            with pytest.raises(UserError, match="--dl-source sample"):
-                FinetuneConfig(method=method, penalty_parts=parts, dl_source="data").resolved().check()
-        FinetuneConfig(method=method, dl_source="data").resolved().check()
-        assert not FinetuneConfig(method=method, dl_source="data").resolved().objective().score_part
-        assert FinetuneConfig(method=method, dl_source="sample").resolved().objective().score_part
+            with pytest.raises(UserError, match="--denoising-source sample"):
+                FinetuneConfig.of(method, penalty_parts=parts, denoising_source="data").resolved().check()
+        FinetuneConfig.of(method, denoising_source="data").resolved().check()
+        assert not FinetuneConfig.of(method, denoising_source="data").resolved().objective.reward_side
+        assert FinetuneConfig.of(method, denoising_source="sample").resolved().objective.reward_side
 
 
 @each_schedule
@@ -522,27 +534,27 @@ def test_limits_of_dlpo_on_the_chain():
 def test_reward_weighted_regression():
     """29: equal weights are plain fine-tuning, all weight on one sample is that sample; negative rewards are refused."""
     d = normal(6).square().requires_grad_()
-    raw, softmax = get_objective("rwr", weights="raw"), get_objective("rwr", tau=0.5)
-    loss = raw(Replay(raw.signal(torch.ones(6).double(), None), denoising=d))
+    raw, softmax = get_objective("rwr", rwr_weights="raw"), get_objective("rwr", tau=0.5)
+    loss = raw(Replay(raw.weights_of(torch.ones(6).double(), None), denoising=d))
     assert torch.equal(loss.total, d.mean()) and torch.equal(torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0])
     for j in range(6):
         one = torch.zeros(6).double()
         one[j] = 6
-        (g,) = torch.autograd.grad(raw(Replay(raw.signal(one, None), denoising=d)).total, d)
+        (g,) = torch.autograd.grad(raw(Replay(raw.weights_of(one, None), denoising=d)).total, d)
         assert torch.equal(g, (one > 0).double()), "sample j alone"
     rewards = normal(6, seed=1)
-    weights = softmax.signal(rewards, None)
+    weights = softmax.weights_of(rewards, None)
     torch.testing.assert_close(weights, (rewards / 0.5).exp() / (rewards / 0.5).exp().mean(), rtol=1e-13, atol=0)
-    torch.testing.assert_close(softmax.signal(rewards + 3, None), weights, rtol=1e-13, atol=0)
+    torch.testing.assert_close(softmax.weights_of(rewards + 3, None), weights, rtol=1e-13, atol=0)
     with pytest.raises(UserError, match="softmax"):
-        raw.signal(torch.tensor([1.0, -0.1]), None)
+        raw.weights_of(torch.tensor([1.0, -0.1]), None)
 
 
 def test_released_is_the_gradient_of_d():
     """30, the objective: no reward reaches the gradient, which is that of D on data, bit for bit."""
     objective, d = get_objective("released"), normal(6).square().requires_grad_()
     for rewards in (normal(6, seed=1), 1e6 * normal(6, seed=2)):
-        signal = objective.signal(rewards, lambda r: r)
+        signal = objective.weights_of(rewards, lambda r: r)
         assert (signal == 0).all()
         loss = objective(Replay(signal, denoising=d))
         assert loss.policy is None and torch.equal(torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0])
@@ -619,10 +631,9 @@ def exact_model(kind=torch.float64):
 def make(method, model=None, **options):
     """A tuner with small models; recordings where the method asks for them."""
     model = model or exact_model()
-    kind = get_objective(method)
-    usual = "sample" if method in ("dlpo", "onlydl") else kind.speech if "denoising" in kind.needs else "auto"
-    source = options.pop("dl_source", usual)
-    return make_tuner(model, corpus=make_corpus(model.width) if source == "data" else None, method=method, dl_source=source, guidance_frames=3, **options)
+    kind = build(method)
+    source = "none" if "denoising" not in kind.needs else options.get("denoising_source", "sample" if method in ("dlpo", "onlydl") else kind.denoising_source)
+    return make_tuner(model, corpus=make_corpus(model.width) if source == "data" else None, method=method, denoising_frames=3, **options)
 
 
 def stray(tuner, amount=0.05, seed=5):
@@ -637,8 +648,7 @@ def gathered(tuner, trajectories=None, rewards=None, e=0):
     """Gradients and statistics of the first pass over an episode's batch."""
     trajectories = collect(tuner, e) if trajectories is None else trajectories
     rewards = score_audio(tuner, trajectories) if rewards is None else rewards
-    signal = make_signal(tuner, rewards, e)
-    return gather_gradients(tuner, trajectories, signal, None, e, 0)[:2]
+    return gradients_of(tuner, trajectories, make_advantages(tuner, rewards, e), e)
 
 
 def total(gradients):
@@ -739,7 +749,7 @@ def test_the_reference_is_frozen(method, trainable):
 @pytest.mark.parametrize("source", ["sample", "data"])
 def test_dlpo_without_penalty_is_ddpo(source):
     """20 in the loop: loss, gradient and update, bit for bit; D draws nothing that the rollouts would have drawn."""
-    dlpo, ddpo = make("dlpo", beta=0.0, dl_source=source), make("ddpo")
+    dlpo, ddpo = make("dlpo", beta=0.0, denoising_source=source), make("ddpo")
     (one, stats), (other, plain) = gathered(dlpo), gathered(ddpo)
     assert torch.equal(total(one), total(other)) and stats["loss"] == plain["loss"]
     for _ in range(2):
@@ -750,7 +760,7 @@ def test_dlpo_without_penalty_is_ddpo(source):
 @pytest.mark.parametrize("source", ["sample", "data"])
 def test_onlydl_is_dlpo_without_reward(source):
     """21 in the loop, bit for bit."""
-    dlpo, only = make("dlpo", alpha=0.0, dl_source=source), make("onlydl", dl_source=source)
+    dlpo, only = make("dlpo", alpha=0.0, denoising_source=source), make("onlydl", denoising_source=source)
     (one, stats), (other, plain) = gathered(dlpo), gathered(only)
     assert torch.equal(total(one), total(other)) and stats["loss"] == plain["loss"]
     only.reward = lambda audio, *rest: torch.arange(len(audio)).double()
@@ -760,15 +770,15 @@ def test_onlydl_is_dlpo_without_reward(source):
 
 def test_both_parts_of_dlpo_in_the_loop():
     """22, 23, 27: beta grad D and beta (D - mean of the group) grad log p, from the same D, to the right rollouts."""
-    tuner = make("dlpo", beta=0.7, guidance_steps=2)
+    tuner = make("dlpo", beta=0.7, denoising_steps=2)
     t = collect(tuner, 0)
     level = [[d for j, n, d, _ in denoising_losses(tuner, t, "sample", 0, 0) if j == i] for i in range(2)]
     d = (torch.cat(level[0]) + torch.cat(level[1])) / 2
     direct = 0.7 * by_hand(tuner, d.mean())
     centred = (d.view(2, 2) - d.view(2, 2).mean(1, keepdim=True)).flatten().detach()
     score = 0.7 * weighted_score(tuner, t, centred) / 4
-    for parts, exact in (("direct", direct), ("score", score), ("both", direct + score)):
-        found = {beta: gathered(make("dlpo", beta=beta, guidance_steps=2, penalty_parts=parts))[0] for beta in (0.7, 1.4)}
+    for parts, exact in (("direct", direct), ("reward", score), ("both", direct + score)):
+        found = {beta: gathered(make("dlpo", beta=beta, denoising_steps=2, penalty_parts=parts))[0] for beta in (0.7, 1.4)}
         close(found[0.7].part("penalty"), exact)
         close(found[1.4].part("penalty"), 2 * exact)
         close(found[0.7].part("policy"), gathered(make("ddpo"))[0].part("policy"))
@@ -777,7 +787,7 @@ def test_both_parts_of_dlpo_in_the_loop():
 @pytest.mark.parametrize("source", ["sample", "data"])
 def test_a_step_of_the_loop_lowers_d(source):
     """26 in the loop, on the same speech and noise."""
-    tuner = make("dlpo", alpha=0.0, beta=0.7, penalty_parts="direct", dl_source=source)
+    tuner = make("dlpo", alpha=0.0, beta=0.7, penalty_parts="direct", denoising_source=source)
     t = collect(tuner, 0)
     g = total(gathered(tuner, t)[0])
     def current():
@@ -837,7 +847,7 @@ def test_rwr_in_the_loop():
 def test_released_in_the_loop():
     """30: whatever the rewards, the gradient is that of D on recordings, bit for bit; own speech is refused."""
     tuner = make("released", micro_batch=4)
-    audio, hidden, frames, _ = recordings(tuner, "guidance", 0, 0, 0)
+    audio, hidden, frames, _ = recorded_batch(tuner, "guidance", 0, 0, 0)
     d = windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 3, (0, "guidance", 0, 0, 0))
     exact = by_hand(tuner, d.mean())
     for rewards in (normal(4), 1e6 * normal(4, seed=1)):
@@ -847,8 +857,8 @@ def test_released_in_the_loop():
     other.reward = lambda audio, *rest: torch.arange(len(audio)).double()
     one.episode(), other.episode()
     assert fingerprint(one.model) == fingerprint(other.model)
-    with pytest.raises(UserError, match="leave the flag out"):
-        FinetuneConfig(method="released", dl_source="sample").resolved().check()
+    with pytest.raises(UserError, match="leave it out"):
+        FinetuneConfig.of("released", denoising_source="sample").resolved().check()
 
 
 @pytest.mark.parametrize("kind", ["group", "batch", "leave-one-out", "buffer", "raw"])
@@ -863,7 +873,7 @@ def test_a_constant_in_the_reward_in_the_loop(kind):
         close(one, other)
 
 
-@pytest.mark.parametrize("method, options", [("ddpo", {}), ("dlpo", dict(beta=0.0)), ("dpok", {}), ("klinr", {}), ("dlpo", dict(beta=0.0, dl_source="data"))], ids=str)
+@pytest.mark.parametrize("method, options", [("ddpo", {}), ("dlpo", dict(beta=0.0)), ("dpok", {}), ("klinr", {}), ("dlpo", dict(beta=0.0, denoising_source="data"))], ids=str)
 def test_without_signal_nothing_moves(method, options):
     """32: equal rewards and no penalty leave every bit; Adam with coupled weight decay would not."""
     tuner = make(method, **options)
@@ -963,13 +973,13 @@ def test_a_batch_is_its_items(policy):
 
 def test_a_short_recording_is_denoised_as_if_alone(monkeypatch):
     """35: D of a recording that ends inside the window must not depend on the noise behind its end."""
-    tuner = make("dlpo", dl_source="data")
-    audio, hidden, frames, _ = recordings(tuner, "any")
+    tuner = make("dlpo", denoising_source="data")
+    audio, hidden, frames, _ = recorded_batch(tuner, "any")
     def looked():
         return windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 0, (0, "key"), 500)
     before, behind = looked(), 1 - state_mask(frames, tuner.model.width)
     assert len(set(frames.tolist())) > 1
-    monkeypatch.setattr("dlpo_nb.finetune.keyed_noise", lambda *args: keyed_noise(*args) + behind)
+    monkeypatch.setattr("dlpo_nb.denoising.keyed_noise", lambda *args: keyed_noise(*args) + behind)
     torch.testing.assert_close(looked(), before, rtol=1e-12, atol=0)
 
 
@@ -1051,7 +1061,7 @@ def test_micro_batches_are_one_batch(method):
     """44: texts of unequal length a pair at a time, in pairs of texts, and all at once: the same gradients and statistics."""
     found = []
     for size in (2, 4, 6):
-        tuner = stray(make(method, batch_size=6, micro_batch=size, guidance_steps=2))
+        tuner = stray(make(method, batch_size=6, micro_batch=size, denoising_steps=2))
         trajectories = collect(tuner, 0)
         assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len({n for t in trajectories for n in t.conditioning.frames.tolist()}) > 1
         found.append(gathered(tuner, trajectories, normal(6).abs()))
@@ -1114,7 +1124,7 @@ def test_rewards_stay_with_their_rollouts():
     rewards = score_audio(tuner, t)
     assert rewards.tolist() == [10.0 * TEXTS.index(tuner.texts[i]) + m for i in text_indices(0, 3, 3, 0) for m in range(2)]
     assert rewards[[row for each in t for row in each.rows]].tolist() == [10.0 * TEXTS.index(each.texts[0]) + m for each in t for m in range(2)]
-    assert torch.equal(make_signal(tuner, rewards, 0), rewards)
+    assert torch.equal(make_advantages(tuner, rewards, 0), rewards)
 
 
 # --- the loop on the chain -------------------------------------------------------------------------------------------
@@ -1216,7 +1226,7 @@ def test_klinr_on_random_subsets(cubature):
 def test_the_penalty_is_freed_of_the_rewards_mean(kind):
     """4: up to the division by the standard deviation, a penalty inside the reward has the baseline that a reward has."""
     tuner, values = make("klinr", advantage=kind), torch.tensor([0.5, -1.0, 2.0, 0.25]).double()
-    ours, theirs = baseline(tuner, values), advantages(values, kind, 2)
+    ours, theirs = tuner.objective.centre_penalty(values, 2), advantages(values, kind, 2)
     close(ours, theirs * (ours.square().mean().sqrt() if kind in ("batch", "group") else 1), 1e-7)
 
 
@@ -1231,7 +1241,7 @@ BRAKES = dict(ddpo={}, dpok=dict(beta=100.0), klinr=dict(beta=10.0), dlpo=dict(b
 def trained(method, reward, updates, **options):
     """A small policy after some updates: the metrics of each, and the tuner."""
     policy = ConvPolicy()
-    settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, dl_source="data" if method == "dlpo" else "auto") | options
+    settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, **(dict(denoising_source="data") if method == "dlpo" else {})) | options
     tuner = make_tuner(policy, reward, FOUR, make_corpus(policy.width), method=method, **settings)
     return [tuner.episode() for _ in range(updates)], tuner
 

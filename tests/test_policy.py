@@ -9,7 +9,8 @@ from toy_mel import ToyMel, make_toy_mel
 
 from dlpo_nb.core import UserError
 from dlpo_nb.evaluate import synthesise_all
-from dlpo_nb.finetune import drift, load_state, save_state
+from dlpo_nb.diagnostics import drift
+from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.lora import adapters, merged, without_adapters
 from dlpo_nb.mdp import replay, select_text
 from dlpo_nb.objectives import OBJECTIVES
@@ -29,7 +30,7 @@ def samples_per_frame(voice):
 
 
 def tuner_of(voice, method="ddpo", **options):
-    return make_tuner(voice, method=method, corpus=make_corpus(samples_per_frame(voice)), dl_source="auto", penalty_parts="auto", **options)
+    return make_tuner(voice, method=method, corpus=make_corpus(samples_per_frame(voice)), **options)
 
 
 def test_the_toy_is_that_of_the_notebook():
@@ -84,7 +85,7 @@ def test_every_method_tunes_every_voice(voice, method):
 
 def test_own_speech_and_all_weights(voice):
     """The denoising loss on the policy's own states, and an encoder that is trained too."""
-    tuner = make_tuner(voice, method="dlpo", dl_source="sample", trainable="all", guidance_frames=0)
+    tuner = make_tuner(voice, method="dlpo", denoising_source="sample", trainable="all", denoising_frames=0)
     metrics = tuner.episode()
     assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-8) and metrics["diffusion_loss/sample"] > 0 and metrics["grad_norm/penalty"] > 0
 

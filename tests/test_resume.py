@@ -21,11 +21,11 @@ from dlpo_nb.weights import read_safetensors
 
 EPISODES = 6
 SETTINGS = dict(method="klinr", reward="loud - 0.5*long", normalise="z", episodes=EPISODES, batch_size=6, group_size=2, micro_batch=4, fork=3, rollout_steps=6,
-                guidance_frames=8, advantage="buffer", buffer_min_count=3, buffer_size=6, learning_rate=1e-3, watch_every=2, watch_texts=3)
+                denoising_frames=8, advantage="buffer", buffer_min_count=3, buffer_size=6, learning_rate=1e-3, watch_every=2, watch_texts=3)
 
 
 def settings(out):
-    config = LaunchConfig(**SETTINGS, out=str(out), resume=(Path(out) / "config.json").exists()).resolved()
+    config = LaunchConfig.of(**SETTINGS, out=str(out), resume=(Path(out) / "config.json").exists()).resolved()
     config.check()
     return config
 

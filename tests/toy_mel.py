@@ -55,7 +55,7 @@ class ToyMel(Policy):
         return audio.clamp(-1, 1), conditioning.frames * self.config.hop
 
     def analyse(self, audio, conditioning):
-        amplitudes = audio.unflatten(1, (-1, self.config.hop)) @ self.waves.T * 2 / self.config.hop
+        amplitudes = audio.to(self.waves).unflatten(1, (-1, self.config.hop)) @ self.waves.T * 2 / self.config.hop
         return (amplitudes.clamp(min=1e-6).log() - conditioning.hidden.transpose(1, 2)).flatten(1)
 
     def training_schedule(self):

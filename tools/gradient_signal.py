@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from dlpo_nb.core import asset, environment
-from dlpo_nb.finetune import Finetuner, FinetuneConfig, gradient_signal
+from dlpo_nb.config import FinetuneConfig
+from dlpo_nb.diagnostics import gradient_signal
+from dlpo_nb.finetune import Finetuner
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.text import prompts
 from dlpo_nb.wavegrad2.model import load_wavegrad2
@@ -31,7 +33,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "tiny_base" / "gradient_signal.json")
     args = parser.parse_args()
     texts = [text for text in prompts("train") if len(text.split()) <= 4]
-    config = FinetuneConfig(method="ddpo", batch_size=8 * args.groups, fork=args.fork, train_steps=args.train_steps, seed=args.seed)
+    config = FinetuneConfig.of("ddpo", batch_size=8 * args.groups, fork=args.fork, train_steps=args.train_steps, seed=args.seed)
     tuner = Finetuner(config, load_wavegrad2(asset("tiny_base.safetensors")), get_reward("dnsmos"), texts)
     found = gradient_signal(tuner, progress=True)
     steps = [rounded(row) for row in found.pop("steps")]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_objectives.py", "test_diffusion.py", "test_finetune.py")
 MUTATIONS = [ # what is broken, file, line part, what it becomes
     ("sign of the penalty: DLPO, direct part", "objectives/dlpo.py", "self.beta * replay.denoising.mean()", "-self.beta * replay.denoising.mean()"),
-    ("sign of the penalty inside the reward", "objectives/base.py", "-beta * replay.penalty", "beta * replay.penalty"),
+    ("sign of the penalty inside the reward", "objectives/base.py", "-beta * replay.in_reward_penalty", "beta * replay.in_reward_penalty"),
     ("sign of the penalty: DPOK", "objectives/dpok.py", "self.beta * replay.kl.mean()", "-self.beta * replay.kl.mean()"),
     ("sign of the reward", "objectives/base.py", "Loss(-(pull * factor).mean()", "Loss((pull * factor).mean()"),
     ("exp in the ratio", "objectives/base.py", "(log_prob - old_log_prob.detach()).exp()", "1 + (log_prob - old_log_prob.detach())"),
@@ -26,15 +26,17 @@ MUTATIONS = [ # what is broken, file, line part, what it becomes
     ("kappa_t in the KL", "objectives/base.py", 'if form == "exact":', 'if form == "never":'),
     ("sigma in the KL", "diffusion.py", "((mu - mu_ref) / sigma).square() / 2", "(mu - mu_ref).square() / 2"),
     ("reference frozen", "finetune.py", "copy.deepcopy(model).requires_grad_(False)", "model"),
-    ("penalty of the wrong group", "finetune.py", "None if penalty is None else penalty[rows]))", "None if penalty is None else penalty.flip(0)[rows]))"),
-    ("advantage of the wrong rows", "finetune.py", "Replay(signal[rows], log_prob", "Replay(signal.flip(0)[rows], log_prob"),
-    ("weight of a micro-batch", "finetune.py", "scale * len(t.x_0) / c.batch_size", "scale / c.batch_size"),
-    ("log-ratio as a mean", "finetune.py", 't.x_0_lengths if t.reduction == "mean" else 1', "1"),
+    ("penalty of the wrong group", "finetune.py", "None if penalty is None else penalty[t.rows]", "None if penalty is None else penalty.flip(0)[t.rows]"),
+    ("advantage of the wrong rows", "finetune.py", "Replay(advantages[t.rows], log_prob", "Replay(advantages.flip(0)[t.rows], log_prob"),
+    ("weight of a micro-batch", "finetune.py", "c.rollout_steps) * len(t.x_0) / c.batch_size", "c.rollout_steps) / c.batch_size"),
+    ("log-ratio as a mean", "reference.py", 't.x_0_lengths if t.reduction == "mean" else 1', "1"),
     ("fresh action", "mdp.py", "t.x_prev[s], conditioning", "t.x_prev[s] + 0.1 * torch.randn_like(t.x_prev[s]), conditioning"),
     ("weight of a random subset", "mdp.py", "(num_steps - 1) / int(count)", "1 / int(count)"),
     ("own sample in leave-one-out", "objectives/base.py", "centre(r, group_size) * n / (n - 1)", "centre(r, group_size)"),
     ("reward in released", "objectives/released.py", "return rewards.new_zeros(len(rewards))", "return rewards"),
     ("RWR ignores its weights", "objectives/rwr.py", "policy=(replay.advantage * replay.denoising).mean()", "policy=replay.denoising.mean()"),
+    ("the reference's log-probability is the policy's", "reference.py", "return replay(tuner.reference, tuner", "return replay(tuner.model, tuner"),
+    ("groups that are not texts", "finetune.py", "// c.group_size\n", "% c.group_size\n"),
 ]
 
 

@@ -7,4 +7,4 @@ __all__ = []
 
 # %% ../../nbs/39_all_objectives.ipynb #11624b84
 from . import ddpo, dlpo, dpok, klinr, onlydl, released, rwr
-from .base import OBJECTIVES, Loss, Objective, Replay, TextBuffer, advantages, get_objective
+from .base import OBJECTIVES, Loss, Objective, PolicyGradient, Replay, TextBuffer, advantages, get_objective

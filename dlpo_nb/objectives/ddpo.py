@@ -8,14 +8,10 @@ __all__ = ['DDPO']
 # %% ../../nbs/32_ddpo.ipynb #f1b3ff85
 from dataclasses import dataclass
 
-from .base import OBJECTIVES, Loss, Objective, Replay
+from .base import OBJECTIVES, PolicyGradient
 
 # %% ../../nbs/32_ddpo.ipynb #c4f3e67d
 @OBJECTIVES.register("ddpo")
 @dataclass
-class DDPO(Objective):
+class DDPO(PolicyGradient):
     "Denoising diffusion policy optimisation: eq. 7 of the paper; Black et al. 2023."
-
-    def __call__(self, replay: Replay) -> Loss:
-        "Of a policy slice."
-        return self.policy_loss(replay)

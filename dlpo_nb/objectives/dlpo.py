@@ -6,22 +6,39 @@
 __all__ = ['DLPO']
 
 # %% ../../nbs/35_dlpo.ipynb #82106f66
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from .base import OBJECTIVES, Loss, Objective, Replay
+from ..core import UserError
+from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 
 # %% ../../nbs/35_dlpo.ipynb #fd754d75
 @OBJECTIVES.register("dlpo")
 @dataclass
-class DLPO(Objective):
+class DLPO(PolicyGradient):
     "Diffusion-model-loss-guided policy optimisation: eq. 10 and 11 of the paper with the sign of the penalty put right."
-    beta: float = 1.0 # weight of the denoising loss, in units of the normalised reward
-    direct_part: bool = True # the penalty is a loss
-    score_part: bool = True # the penalty is also a negative reward; off where D is taken on recorded audio
+    beta: float = 0.5 # weight of the denoising loss, in units of the normalised reward
+    denoising_source: Literal["data", "sample"] = "data" # speech on which it is taken: recorded (data), or the policy's own (sample)
+    penalty_parts: Literal["auto", "direct", "reward", "both"] = "auto" # it is a loss (direct), subtracted from the reward (reward), or both; auto: both on samples, direct on data
     needs = ("policy", "denoising")
+
+    @property
+    def parts(self): return {"data": "direct", "sample": "both"}[self.denoising_source] if self.penalty_parts == "auto" else self.penalty_parts
+
+    @property
+    def direct_side(self): return self.parts in ("direct", "both")
+
+    @property
+    def reward_side(self): return self.parts in ("reward", "both")
+
+    def fit(self, loop):
+        if self.denoising_source == "data" and self.reward_side:
+            raise UserError(f"--penalty-parts {self.parts} needs --denoising-source sample: on recorded speech the denoising loss does not "
+                            "depend on the actions, and as a negative reward it would be variance and nothing else.")
+        return replace(super().fit(loop), penalty_parts=self.parts)
 
     def __call__(self, replay: Replay) -> Loss:
         "Of a policy slice, or of a denoising slice."
         if replay.denoising is not None:
-            return Loss(penalty=self.beta * replay.denoising.mean() if self.direct_part else None)
+            return Loss(penalty=self.beta * replay.denoising.mean() if self.direct_side else None)
         return self.policy_loss(replay, self.beta)

@@ -7,15 +7,17 @@ __all__ = ['DPOK']
 
 # %% ../../nbs/33_dpok.ipynb #a4593ab2
 from dataclasses import dataclass
+from typing import Literal
 
-from .base import OBJECTIVES, Loss, Objective, Replay
+from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 
 # %% ../../nbs/33_dpok.ipynb #ad6e7929
 @OBJECTIVES.register("dpok")
 @dataclass
-class DPOK(Objective):
+class DPOK(PolicyGradient):
     "Diffusion policy optimisation with KL regularisation: eq. 8 of the paper; Fan et al. 2023."
-    beta: float = 1.0 # weight of the KL
+    beta: float = 0.1 # weight of the KL
+    kl_form: Literal["exact", "mse", "l2", "l1"] = "exact" # the distance: the KL itself, or a simplified form
     needs = ("policy", "kl")
 
     def __call__(self, replay: Replay) -> Loss:

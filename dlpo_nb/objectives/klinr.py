@@ -8,16 +8,16 @@ __all__ = ['KLinR']
 # %% ../../nbs/34_klinr.ipynb #a2cfffec
 from dataclasses import dataclass
 
-from .base import OBJECTIVES, Loss, Objective, Replay
+from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 
 # %% ../../nbs/34_klinr.ipynb #42cd46e8
 @OBJECTIVES.register("klinr")
 @dataclass
-class KLinR(Objective):
+class KLinR(PolicyGradient):
     "KL to the base inside the reward: eq. 9 of the paper, with the sampled log-ratio of the trajectory."
-    beta: float = 1.0 # weight of the log-ratio
+    beta: float = 0.1 # weight of the log-ratio
     needs = ("policy", "log_ratio")
 
     def __call__(self, replay: Replay) -> Loss:
-        "Of a policy slice; `replay.penalty` is the log-ratio k of the whole trajectory, summed over its samples."
+        "Of a policy slice; `replay.in_reward_penalty` is the log-ratio k of the whole trajectory, summed over its samples."
         return self.policy_loss(replay, self.beta)

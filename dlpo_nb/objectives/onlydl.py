@@ -18,11 +18,11 @@ class OnlyDL(DLPO):
     "DLPO without the reward: section 5.1 of the paper."
     alpha: float = field(default=0.0, init=False) # by definition
 
-    def signal(self, rewards, normalise):
+    def weights_of(self, rewards, normalise):
         "Nothing: the reward does not matter."
         return rewards.new_zeros(len(rewards))
 
     @property
     def needs(self):
         "The policy's actions only where the penalty is also a negative reward."
-        return ("policy", "denoising") if self.score_part else ("denoising",)
+        return ("policy", "denoising") if self.reward_side else ("denoising",)

@@ -8,17 +8,16 @@ __all__ = ['Released']
 # %% ../../nbs/37_released.ipynb #89d85a41
 from dataclasses import dataclass
 
-from .base import OBJECTIVES, Loss, Replay
+from .base import OBJECTIVES, Loss, Objective, Replay
 
 # %% ../../nbs/37_released.ipynb #8929321f
 @OBJECTIVES.register("released")
 @dataclass
-class Released:
+class Released(Objective):
     "What the authors' public code effectively computes for DLPO and OnlyDL: the denoising loss on recorded speech, whatever the reward."
     needs = ("denoising",)
-    speech = "data"
 
-    def signal(self, rewards, normalise):
+    def weights_of(self, rewards, normalise):
         "Nothing: no reward reaches the gradient."
         return rewards.new_zeros(len(rewards))
 

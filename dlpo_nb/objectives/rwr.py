@@ -7,11 +7,12 @@ __all__ = ['reward_weights', 'RWR']
 
 # %% ../../nbs/31_rwr.ipynb #04793574
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ..core import UserError
-from .base import OBJECTIVES, Loss, Replay
+from .base import OBJECTIVES, Loss, Objective, Replay
 
 # %% ../../nbs/31_rwr.ipynb #1ed306d1
 def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.1) -> torch.Tensor:
@@ -28,16 +29,17 @@ def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.
 
 @OBJECTIVES.register("rwr")
 @dataclass
-class RWR:
+class RWR(Objective):
     "Reward-weighted regression on the policy's own samples: eq. 6 of the paper, with D for the log-likelihood."
-    weights: str = "softmax" # "softmax": exp(r / tau) with mean 1; "raw": the reward itself, as printed
-    tau: float = 0.1 # temperature of softmax, in units of the reward
+    rwr_weights: Literal["softmax", "raw"] = "softmax" # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
+    tau: float = 0.1 # temperature of the softmax weights, in units of the reward
     needs = ("denoising",)
-    speech = "sample"
+    denoising_source = "sample" # it imitates its own well-rated speech
+    above_zero = ("tau",)
 
-    def signal(self, rewards, normalise):
+    def weights_of(self, rewards, normalise):
         "The weights (B,); a baseline would make them negative, so `normalise` is not used."
-        return reward_weights(rewards, self.weights, self.tau)
+        return reward_weights(rewards, self.rwr_weights, self.tau)
 
     def __call__(self, replay: Replay) -> Loss:
         "Of a denoising slice of the samples that were rated."

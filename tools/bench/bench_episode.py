@@ -5,7 +5,7 @@ preset paper but for the flags below, and a reward that costs nothing (a UTMOS w
 --settings gets an episode to warm up and one that counts. Writes FILE as json: ceilings, the network's operations and bytes, a row a setting.
 """
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from roofline import ceilings, cost, seconds
 
 from dlpo_nb.core import environment, pick_device
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import PRESETS, load_base, load_recordings, memory, stand_in_base, stand_in_texts
+from dlpo_nb.launch import PRESETS, LaunchConfig, load_base, load_recordings, memory, stand_in_base, stand_in_texts
 from dlpo_nb.rewards.utmos import UTMOS
 from dlpo_nb.text import text_to_ids
 
@@ -35,7 +35,7 @@ class Config:
     utmos: bool = False # a UTMOS with random weights as reward
     batch_size: int = 64 # rollouts
     rollout_steps: int = 50
-    guidance_steps: int = 10
+    denoising_steps: int = 10
     train_steps: str = "random:10"
     symbols: int = 80 # of every text; six frames each are LJSpeech's mean length of 6.6 s
     compile: bool = False # torch.compile the decoder as well
@@ -55,8 +55,9 @@ def texts_of(config):
 
 def tuner_of(config, settings, device):
     """A fine-tuning run at the size asked for."""
-    paper = replace(PRESETS["paper"], batch_size=config.batch_size, rollout_steps=config.rollout_steps, guidance_steps=config.guidance_steps,
-                    train_steps=config.train_steps, corpus="packaged", base_checkpoint="tiny_base", **settings)
+    paper = LaunchConfig.of(**PRESETS["paper"] | dict(
+        batch_size=config.batch_size, rollout_steps=config.rollout_steps, denoising_steps=config.denoising_steps,
+        train_steps=config.train_steps, corpus="packaged", base_checkpoint="tiny_base", **settings))
     model = load_base(paper) if config.tiny else stand_in_base()
     tuner = Finetuner(paper.resolved(), model, UTMOS.untrained(config.device) if config.utmos else level, texts_of(config), load_recordings(paper), device)
     if config.compile:

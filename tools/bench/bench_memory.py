@@ -8,7 +8,6 @@ Writes results/bench/memory.json. With --setting NAME: that one alone, printed a
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from bench_episode import Config, level, texts_of
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import PRESETS, load_recordings, memory, stand_in_base
+from dlpo_nb.launch import PRESETS, LaunchConfig, load_recordings, memory, stand_in_base
 
 SETTINGS = {
     "weights, reference, optimiser": dict(micro_batch=0),
@@ -32,8 +31,9 @@ SYMBOLS, HOP, RATE = 80, 300, 22050
 def peak(options):
     """Gigabytes of a process that has made one update of as many rollouts as are computed at once."""
     count = options["micro_batch"]
-    paper = replace(PRESETS["paper"], corpus="packaged", batch_size=max(count, 2), rollout_steps=3, train_steps="last:1", guidance_steps=1, guidance_frames=0,
-                    **{**options, "micro_batch": max(count, 1)}).resolved()
+    paper = LaunchConfig.of(**PRESETS["paper"] | dict(
+        corpus="packaged", batch_size=max(count, 2), rollout_steps=3, train_steps="last:1", denoising_steps=1, denoising_frames=0,
+        **options | {"micro_batch": max(count, 1)})).resolved()
     tuner = Finetuner(paper, stand_in_base(), level, texts_of(Config(batch_size=paper.batch_size, symbols=SYMBOLS)), load_recordings(paper))
     if count == 0: # as after a step: the moments are there, and no activations
         for p in tuner.parameters:

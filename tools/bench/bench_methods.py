@@ -10,7 +10,8 @@ import torch
 from bench_episode import level
 
 from dlpo_nb.core import environment
-from dlpo_nb.finetune import Finetuner, FinetuneConfig
+from dlpo_nb.config import FinetuneConfig
+from dlpo_nb.finetune import Finetuner
 from dlpo_nb.launch import LaunchConfig, load_base, load_recordings
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.text import prompts
@@ -21,7 +22,7 @@ PHASES = ("seconds/rollout", "seconds/update", "seconds")
 def main():
     torch.set_num_threads(1)
     texts, corpus = prompts("train")[:2], load_recordings(LaunchConfig())
-    tuners = {m: Finetuner(FinetuneConfig(method=m, batch_size=16), load_base(LaunchConfig()), level, texts, corpus) for m in OBJECTIVES.names()}
+    tuners = {m: Finetuner(FinetuneConfig.of(m, batch_size=16), load_base(LaunchConfig()), level, texts, corpus) for m in OBJECTIVES.names()}
     rounds = {m: [] for m in tuners}
     for _ in range(3):
         for method, tuner in tuners.items():
