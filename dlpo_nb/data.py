@@ -90,7 +90,7 @@ def cut(phones, ends, full_stop):
 # %% ../nbs/03_data.ipynb #afd22849
 def read_utterance(
     stem: Path,  # festival wrote stem.wav and stem.phones
-    full_stop: bool,  # the text ends in one
+    full_stop: bool,  # the text ends in one, or in another mark that is read as a pause
 ):
     "(audio (samples,) int16 at 22.05 kHz, peak at full scale; phones; frames of each phone). ValueError for a file that was not finished."
     from scipy.signal import resample_poly
@@ -156,7 +156,7 @@ def speak_texts(
             while ready and (folder / f"{ready[0][0]}.phones").exists():
                 name, text, words = ready.pop(0)
                 try:
-                    spoken = read_utterance(folder / name, words.endswith("."))
+                    spoken = read_utterance(folder / name, words[-1] in ",.?!;:")
                 except (ValueError, soundfile.SoundFileError) as error:
                     results.append((name, text, str(error)))
                 else:

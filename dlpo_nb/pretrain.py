@@ -9,7 +9,7 @@ __all__ = ['NARROW', 'EDGES', 'REFERENCE', 'FREE', 'VALIDATION_STEPS', 'draw_lev
            'batch_losses', 'sum_gradients', 'lend_stress', 'first_model', 'Pretraining', 'save_base', 'write_state',
            'save', 'restore', 'load_state', 'train_step', 'validate', 'sample', 'judges', 'score', 'report_samples',
            'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag', 'ignore_interrupts',
-           'batches', 'agree', 'fit', 'write_beginning', 'check_folder', 'prepare', 'pretrain', 'main']
+           'batches', 'agree', 'work_clock', 'fit', 'write_beginning', 'check_folder', 'prepare', 'pretrain', 'main']
 
 # %% ../nbs/09_pretrain.ipynb #f2287374
 import copy
@@ -182,7 +182,7 @@ class PretrainConfig:
     validation: str = ""  # another such folder to validate on; empty: utterances of --corpus are kept for that
     arch: Literal["tiny", "small", "base", "large"] = "tiny"  # size of the network
     steps: int = 0  # length of the run in steps (give this or minutes)
-    minutes: float = 0.0  # length of the run in minutes of training
+    minutes: float = 0.0  # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)
     batch_size: int = 4  # windows a step, of all processes together
     window_frames: int = 44  # length of a window, in frames of 300 samples
     optimiser: Literal["muon", "adamw", "adam"] = "muon"  # what moves the weight matrices; adam: all weights, as released
@@ -202,7 +202,7 @@ class PretrainConfig:
     nisqa_weights: str = ""  # path of nisqa.tar; empty: looked up
     workers: int = 0  # processes that read audio ahead
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    slice_minutes: float = 0.0  # stop after this many minutes, to go on with --resume (0: never)
+    slice_minutes: float = 0.0  # stop after this many minutes by the clock, to go on with --resume (0: never)
     resume: bool = False  # go on from state.pt in the run's folder, where there is one
     start_from: str = ""  # a base of the same size whose weights to start from: tiny_base (packaged) or a file
     threads: int = 0  # CPU threads of a process; 0: as many as torch chooses
@@ -623,21 +623,27 @@ def agree(
     return told[1].item() > 0
 
 
+def work_clock(device) -> float:
+    "Seconds of this process's own work: on a CPU its computing time per thread, which another job cannot lengthen; on a GPU the clock's."
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
+
+
 def fit(
     run,  # a Pretraining
     last_step=None,  # stop at this step, before the end of the run
     progress=True,  # show a bar
 ):
     "Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved); writes state.pt at the end."
-    config, board, began, spent, stop = run.config, open_board(run), time.monotonic(), run.seconds, False
+    config, board, began, spent, stop = run.config, open_board(run), work_clock(run.device), run.seconds, False
+    started = time.monotonic()
     last_step = min(last_step or math.inf, config.steps or math.inf)
     bar = tqdm(total=config.steps or None, initial=run.step, unit="step", mininterval=1, disable=not progress or rank() > 0)
     stream = batches(run)
     with stop_flag() as flag:
         while run.progress < 1 and run.step < last_step and not stop:
             train_step(run, next(stream))
-            stop = agree(run, spent + time.monotonic() - began, flag.is_set())
-            stop |= config.slice_minutes > 0 and run.seconds - spent > 60 * config.slice_minutes
+            out_of_time = config.slice_minutes > 0 and time.monotonic() - started > 60 * config.slice_minutes
+            stop = agree(run, spent + work_clock(run.device) - began, flag.is_set() or out_of_time)
             bar.update()
             if run.step % 20 == 0:
                 bar.set_postfix(loss=f"{mean_losses(run)[0]:.4f}", minutes=f"{run.seconds / 60:.1f}")
