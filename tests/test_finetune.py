@@ -1,4 +1,5 @@
 """The loop: exact ratio, forks, controls, what must and what must not change."""
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -15,6 +16,7 @@ from dlpo_nb.finetune import Finetuner, load_state, save_state
 from dlpo_nb.lora import adapters, merged, without_adapters
 from dlpo_nb.mdp import draw_steps, replay, rollout
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.policy import state_mask
 from dlpo_nb.rewards.base import CombinedReward, as_reward
 from dlpo_nb.rollouts import text_indices
@@ -141,6 +143,33 @@ def test_an_objective_of_ones_own(tmp_path):
         assert tuner.episode()["grad_norm/penalty"] == 0 and tuner.episode()["grad_norm/penalty"] > 0
     finally:
         OBJECTIVES.entries.pop("cautious")
+
+
+def test_a_slice_offers_the_reference_and_the_group():
+    """With these a method can be held by an estimate of the KL, or compare the rollouts of a text (k3, DPO)."""
+    seen = []
+
+    @OBJECTIVES.register("watching")
+    @dataclass
+    class Watching(PolicyGradient):
+        tau: float = 0.5
+        needs = ("policy", "reference")
+
+        def __call__(self, replay):
+            seen.append(replay)
+            return self.policy_loss(replay)
+
+    try:
+        tuner = make_tuner(method="watching", tau=0.25, learning_rate=1e-2)
+        tuner.episode(), tuner.episode()
+        assert from_flags(FinetuneConfig, ["--method", "watching", "--tau", "2"], {}, "x", "").objective.tau == 2.0
+    finally:
+        OBJECTIVES.entries.pop("watching")
+    first, last = seen[0], seen[-1]
+    assert tuner.objective.tau == 0.25 and not last.reference_log_prob.requires_grad
+    torch.testing.assert_close(first.reference_log_prob, first.log_prob.detach(), atol=1e-9, rtol=0)
+    assert (last.reference_log_prob - last.log_prob.detach()).abs().min() > 1e-9
+    assert sorted({tuple(replay.group.tolist()) for replay in seen}) == [(0, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("form", ["mse", "l1", "l2"])
