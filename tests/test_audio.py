@@ -139,3 +139,20 @@ def test_player_holds_sound_and_picture():
     assert sound == mp3_bytes(audio) and picture == spectrogram_png(audio) and picture.startswith(b"\x89PNG")
     assert "<hi>" not in text and "http" not in text
     assert "image/png" not in player_html(audio, picture=False)
+
+
+def test_what_is_odd_about_a_recording_is_said(tmp_path):
+    from dlpo_nb.audio import is_silent, remarks
+
+    t = torch.arange(22050) / 22050
+    speech = torch.sin(2 * torch.pi * 200 * t) * torch.sin(torch.pi * t) / 4
+    click = torch.zeros(22050).index_fill_(0, torch.tensor([9000]), 0.9)
+    assert remarks(speech) == [] and remarks(speech / 30) == [] and not is_silent(speech / 30)
+    for clip, word in [(0 * speech, "silent"), (0 * speech - 0.2, "silent"), (click, "silent"), (speech + 0.05, "DC offset"), (speech / 50 + click, "click"),
+                       (6 * speech, "full scale"), (torch.zeros(0), "empty"), (speech * torch.nan, "nan")]:
+        assert any(word in remark for remark in remarks(clip)), word
+    soundfile.write(tmp_path / "ints.wav", (20000 * speech).numpy(), 22050, subtype="FLOAT")
+    with pytest.raises(UserError, match="whole numbers as floats"):
+        read_audio(tmp_path / "ints.wav")
+    soundfile.write(tmp_path / "hot.wav", (6 * speech).numpy(), 22050, subtype="FLOAT")
+    assert len(read_audio(tmp_path / "hot.wav")) == 22050

@@ -17,6 +17,7 @@ import soundfile
 import torch
 
 from dlpo_nb.audio import log_mel
+from dlpo_nb.rewards.base import Failure
 from dlpo_nb.core import UserError, asset
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import evaluate as compare_all
@@ -432,3 +433,22 @@ def test_a_bar_inside_a_text_is_part_of_it(tmp_path):
                           (("c1|Dr. Ray|doctor ray", "c2|No.|no"), ["doctor ray", "no"])):
         (tmp_path / "texts.txt").write_text("\n".join(content) + "\n", encoding="utf-8")
         assert [text for _, text in read_transcript(tmp_path)] == want
+
+
+def test_what_a_judge_refuses_is_left_out_on_both_sides():
+    class Judge:
+        def __call__(self, audio, lengths, rate, texts):
+            self.last_failures = [Failure(i, "it is too long", texts[i]) for i, n in enumerate(lengths.tolist()) if n > 30000]
+            return torch.where(lengths > 30000, 1.0, 3.0 + lengths / 1e6)
+
+    clips = [torch.sin(torch.arange(n) / 9) / 3 for n in (20000, 22000, 24000)]
+    longer = [*clips[:2], clips[2].repeat(2)]
+    base, tuned = measure(clips, ["one", "two", "three"], {"judge": Judge()}), measure(longer, ["one", "two", "three"], {"judge": Judge()})
+    result = compare(base, tuned, clips, longer)
+    metric = result["metrics"]["judge"]
+    assert (metric["n"], metric["difference"]) == (2, 0) and metric["base"] == pytest.approx(3.021) and result["metrics"]["seconds"]["n"] == 3
+    assert result["left_out"] == [dict(system="tuned", index=2, text="three", judge="judge", reason="it is too long")]
+    table = format_table(dict(evaluation=result, method="dlpo", reward="judge", control="none", seed=0, episodes=1))
+    assert "left out of judge on both sides (n = 2): text 3, 'three'" in (words := " ".join(table.split())) and "too long" in words
+    nobody = compare(tuned[2:], tuned[2:])
+    assert "judge" not in nobody["metrics"] and len(nobody["left_out"]) == 2

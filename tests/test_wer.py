@@ -59,8 +59,7 @@ def score(reward, clips, texts, extra=0, padding=0.0, rate=RATE):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("Don't!", "dont"), ("well-known", "well known"), ("In 1850", "in eighteen fifty"), ("1,200", "one thousand two hundred"), ("3rd", "third"),
-        ("O’Brien's", "obriens"), ("Dr. Lee", "doctor lee"), ("f. b. i.", "f b i"), ("FBI", "f b i"), ("Café", "cafe"), ("50%", "fifty percent"),
+        ("Don't!", "do not"), ("well-known", "well known"), ("In 1850", "in 1850"), ("1,200", "1200"), ("3rd", "3rd"), ("Dr. Lee", "doctor lee"), ("f. b. i.", "f b i"), ("FBI", "f b i"), ("Café", "cafe"), ("50%", "50 percent"), ("$3.50", "dollars 3 50"), ("a grey colour", "a gray color"),
         ("", ""), (" ?! ", ""), ("谢谢 thanks", "thanks"), ("\x00\ufffd\u0430", ""), ("a" * 5000, "a" * 5000),
     ],
 )  # fmt: skip
@@ -74,8 +73,28 @@ def test_no_transcript_breaks_the_normaliser():
     for _ in range(3000):
         text = "".join(draw.choices(pieces + [" ", " "], k=draw.randrange(12)))
         words = spoken_words(text)
-        assert all(word.isascii() and word.isalpha() and word.islower() for word in words), text
-    assert len(spoken_words("1" * 2000)) == 2000
+        assert all(word.isascii() and word.isalnum() and word == word.lower() for word in words), text
+
+
+@pytest.mark.parametrize("text, heard, edits", [
+    ("The meeting starts at seven oh five p.m.", "The meeting starts at 7:05pm.", 0), ("Okay, Mister Brown.", "OK, Mr. Brown.", 0),
+    ("Email me.", "E-mail me.", 0), ("Call five five five one two three four.", "Call 555-1234.", 0), ("We can not go.", "We cannot go.", 0),
+    ("It was June the third, eighteen seventy-one.", "It was June 3, 1871.", 0), ("The fourth of July.", "July 4th.", 0),
+    ("My favourite colour is grey.", "My favorite color is gray.", 0), ("They're late, aren't they?", "They are late, are not they?", 0),
+    ("Twenty-one percent.", "21%.", 0), ("Doctor Lee lives there.", "Dr. Lee lives there.", 0), ("You and I", "You & I", 0),
+    ("It costs five dollars.", "It costs $5.", 0), ("the F.B.I. agent", "the FBI agent", 0),
+    ("It costs five dollars.", "It costs five.", 1), ("Fifty percent of it.", "Fifty of it.", 1), ("The cat sat.", "The cats sat.", 1)])
+def test_what_recognisers_write_otherwise_is_no_error(text, heard, edits):
+    assert count_edits(text, heard).edits == edits
+
+
+def test_silence_is_not_given_to_a_recogniser():
+    reward = WER("pocketsphinx")
+    reward.recognise = lambda clips: pytest.fail("asked about silence") if clips else []
+    t = torch.arange(22050) / RATE
+    click = torch.zeros(22050).index_fill_(0, torch.tensor([9000]), 0.9)
+    for clip in (torch.zeros(22050), torch.full((22050,), 0.3), click, 1e-4 * torch.sin(700 * t), 1e-4 * torch.randn(22050)):
+        assert reward.hear([clip], RATE) == [""] and score(reward, [clip], ["Dog."]).tolist() == [1.0]
 
 
 def test_edits_by_hand():

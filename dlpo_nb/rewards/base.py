@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..audio import resample
+from ..audio import FAR_OUT, resample
 from ..core import Registry, UserError
 
 # %% ../../nbs/20_rewards.ipynb #4da71c0c
@@ -59,7 +59,11 @@ def unusable(clip, sample_rate, text, reward):
         return f"{seconds:.3g} s is shorter than the {reward.min_seconds:g} s that {reward.name} needs"
     if seconds > reward.max_seconds:
         return f"{seconds:.4g} s is longer than the {reward.max_seconds:g} s that {reward.name} takes"
-    return reward.refuses(text) if bool(clip.isfinite().all()) else "the audio is not finite"
+    if not bool(clip.isfinite().all()):
+        return "the audio is not finite"
+    if (peak := clip.abs().max().item()) > FAR_OUT:
+        return f"its samples reach {peak:.4g}, but full scale is 1: whole numbers kept as floats?"
+    return reward.refuses(text)
 
 # %% ../../nbs/20_rewards.ipynb #b1084da2
 def without_autocast(function):
