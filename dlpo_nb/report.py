@@ -14,7 +14,7 @@ import base64
 import html
 import io
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -192,12 +192,13 @@ def control_difference(
     texts = [text for text in every[0] if all(text in change for change in every)]
     if not texts:
         raise UserError("these runs were evaluated on different texts; compare runs with the same --heldout-texts")
-    names = [name for name in every[0][texts[0]] if all(name in change[texts[0]] for change in every)]
     metrics = {}
-    for name in names:
-        run, control = (np.mean([[change[text][name] for text in texts] for change in changes[side]], axis=0) for side in (False, True))
-        difference, low, high = bootstrap_interval(run - control)
-        metrics[name] = dict(run=float(run.mean()), control=float(control.mean()), difference=difference, low=low, high=high)
+    for name in dict.fromkeys(name for text in texts for name in every[0][text]):
+        judged = [text for text in texts if all(name in change[text] for change in every)] # left out everywhere what one of them has not
+        if judged:
+            run, control = (np.mean([[change[text][name] for text in judged] for change in changes[side]], axis=0) for side in (False, True))
+            difference, low, high = bootstrap_interval(run - control)
+            metrics[name] = dict(n=len(judged), run=float(run.mean()), control=float(control.mean()), difference=difference, low=low, high=high)
     return dict(n=len(texts), runs=len(changes[False]), controls=len(changes[True]), metrics=metrics)
 
 # %% ../nbs/52_report.ipynb #d942187d
@@ -277,15 +278,11 @@ def change_cells(metric, reach=0):
 # %% ../nbs/52_report.ipynb #a6171a68
 def control_command(run):
     "The command lines that run the shuffled control of a run and lay the two side by side."
-    from dlpo_nb.launch import PRESETS, LaunchConfig, applicable
-    preset = run.config.get("preset", "tiny")
-    default, away = PRESETS.get(preset), ("control", "out", "resume", "dry_run")
-    if default is not None: # with what the method fills in, which need not be said again
-        default = LaunchConfig.of(**applicable(LaunchConfig, default | {"method": run.config["method"]})).resolved().flat()
-    flags = [part for key, value in run.config.items() if key not in away and default.get(key, value) != value
-             for part in ("--" + key.replace("_", "-"), str(value))]
+    config, away = run.config, ("preset", "objective", "inputs", "changes", "control", "out", "resume", "dry_run")
+    every = [part for key, value in config.items() if key not in away for part in ("--" + key.replace("_", "-"), str(value))]
+    flags = config.get("flags", every) # runs of before did not write down what was said beyond the preset
     name = Path(f"{run.path}-control")
-    return (shlex.join(["python", "-m", "dlpo_nb.launch", preset, *flags, "--control", "shuffle-advantages", "--out", str(name)])
+    return (shlex.join(["python", "-m", "dlpo_nb.launch", config.get("preset", "tiny"), *flags, "--control", "shuffle-advantages", "--out", str(name)])
             + "\n" + shlex.join(["python", "-m", "dlpo_nb.report", str(run.path), str(name)]))
 
 
@@ -309,7 +306,7 @@ def caution(run):
     if run.evaluation is None:
         return ""
     return card(f"<b>On its own this proves nothing.</b> {html.escape(CAUTION)} Run the control, then lay the two side by side:"
-                f"<pre>{html.escape(control_command(run))}</pre>", "caution")
+                f"{' Settings were changed on the way (changes, below); the control needs the same.' if run.config.get('changes') else ''}<pre>{html.escape(control_command(run))}</pre>", "caution")
 
 # %% ../nbs/52_report.ipynb #94974433
 def evaluation_table(run):
@@ -418,13 +415,13 @@ def comparison_headline(runs):
     metric = beyond["metrics"][reward]
     word = {"rose": "more than", "fell": "less than"}.get(direction(metric), "not clearly more than")
     sentence = (f"With the true rewards, held-out {reward} changed by {metric['run']:+.3f}; with shuffled ones by {metric['control']:+.3f}: {word} its "
-                f"control (difference {metric['difference']:+.3f}, 95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {beyond['n']} texts, "
+                f"control (difference {metric['difference']:+.3f}, 95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric['n']} texts, "
                 f"runs: {beyond['runs']}, controls: {beyond['controls']}). The interval covers the choice of texts, not of training seeds.")
-    rows = [[tagged(name, reward), f"{beyond['metrics'][name]['run']:+.3f}", f"{beyond['metrics'][name]['control']:+.3f}",
+    rows = [[tagged(name, reward), f"{beyond['metrics'][name]['run']:+.3f}", f"{beyond['metrics'][name]['control']:+.3f}", beyond["metrics"][name]["n"],
              *change_cells(beyond["metrics"][name])] for name in ordered(beyond["metrics"], reward)]
     svg = interval_svg(metric["low"], metric["difference"], metric["high"], 240)
     return (card(f"<div class='big'>{metric['difference']:+.3f}</div><div>{svg}{html.escape(sentence)}</div>", "headline")
-            + "<h2>Beyond the control</h2>" + card(table(["change over the base", "true", "shuffled", "true − shuffled", ""], rows)))
+            + "<h2>Beyond the control</h2>" + card(table(["change over the base", "true", "shuffled", "texts", "true − shuffled", ""], rows)))
 
 
 def runs_table(runs):

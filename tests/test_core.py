@@ -1,4 +1,5 @@
 """What 00_core does not show: other processes, unwritable places, numbers that JSON cannot hold."""
+import getpass
 import json
 import os
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlpo_nb.core import Registry, RunDir, UserError, append_jsonl, asset, environment, keyed_generator, pick_device, plain, read_jsonl, split_lines
+from dlpo_nb.core import (
+    CACHES, Registry, RunDir, UserError, append_jsonl, asset, checkout, environment, fingerprint, in_force, keyed_generator, lock_folder, pick_device,
+    plain, provide_home, read_jsonl, record_changes, split_lines, unlock_folders)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,3 +133,116 @@ def test_lines_end_in_line_ends_and_nothing_else():
     readers = [line for path in (ROOT / "dlpo_nb").rglob("*.py") for line in path.read_text(encoding="utf-8").split("\n")
                if "read_text" in line and "splitlines" in line]
     assert not readers, "str.splitlines cuts at U+2028 and others, which stand inside sentences"
+
+
+HOLD = "import sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1]); print('locked', flush=True); time.sleep(600)"
+
+
+def test_a_folder_is_one_processs_until_it_is_killed(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"another process \({other.pid}\) is working on"):
+            lock_folder(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)  # its own already
+    (tmp_path / ".lock").read_text()  # as a copy of the folder does
+    refused = subprocess.run([sys.executable, "-c", HOLD, tmp_path], capture_output=True, text=True)
+    assert refused.returncode == 1 and f"another process ({os.getpid()})" in refused.stderr
+    unlock_folders()
+    with pytest.raises(UserError, match="cannot write"):
+        lock_folder(tmp_path / "none")
+
+
+def test_forked_children_have_no_part_in_a_lock(tmp_path):
+    """They may outlive a process that was killed, as readers of a corpus do for some seconds."""
+    code = ("import os, sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1])\n"
+            "child = os.fork()\nif child: print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.wait()
+    try:
+        lock_folder(tmp_path)
+    finally:
+        unlock_folders()
+        os.kill(child, 9)
+
+
+def test_changes_are_written_beside_what_was():
+    begun = {"seed": 0, "rate": 1.0, "beta": None}
+    once = record_changes(begun, {"rate": 0.5, "beta": None}, ["rate", "beta"], episode=3)
+    twice = record_changes(once, {"rate": 0.5, "beta": 2.0}, ["rate", "beta"], episode=5)
+    assert twice == begun | {"changes": [{"episode": 3, "rate": 0.5}, {"episode": 5, "beta": 2.0}]}
+    assert in_force(twice) == {"seed": 0, "rate": 0.5, "beta": 2.0}
+    # a state of before was gone back to: what was changed later was never trained with
+    assert record_changes(twice, {"rate": 1.0, "beta": None}, ["rate", "beta"], episode=3) == begun
+    assert len({fingerprint(x) for x in (b"a", b"b", ["a"], ["b"], [["a"], []], [[], ["a"]])}) == 6
+
+
+def test_checkout_is_found_from_inside_it(monkeypatch, tmp_path):
+    inside = checkout("nbs").resolve()
+    monkeypatch.chdir(inside / "experiments")
+    assert checkout("nbs").resolve() == inside
+    monkeypatch.chdir(tmp_path)
+    assert checkout("nbs").resolve() == inside
+
+
+def nobody():
+    raise KeyError("getpwuid(): uid not found: 54321")
+
+
+def test_a_user_without_name_and_home_gets_both(monkeypatch, tmp_path):
+    """As in a container; what compiles its code into the home folder otherwise fails when it is first needed: after the last episode."""
+    for name in (*CACHES, "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch takes back what is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "no" / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: nobody())
+    provide_home()
+    assert getpass.getuser() == f"user{os.getuid()}"
+    for name in CACHES:
+        assert Path(os.environ[name]).is_dir() and Path(os.environ[name]).parent == tmp_path / f"dlpo_nb-{os.getuid()}"
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "mine")
+    provide_home()
+    assert os.environ["NUMBA_CACHE_DIR"] == "mine"
+    monkeypatch.delenv("HOME")  # and no entry of a home either
+    provide_home()
+    assert Path.home() == tmp_path / f"dlpo_nb-{os.getuid()}"
+
+
+def test_a_folder_of_somebody_else_is_not_trusted(monkeypatch, tmp_path):
+    """Compiled code is read from it."""
+    (tmp_path / f"dlpo_nb-{os.getuid()}").mkdir()
+    (tmp_path / f"dlpo_nb-{os.getuid()}").chmod(0o777)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", "/no/such/home")
+    for name in CACHES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    provide_home()
+    assert Path(os.environ["NUMBA_CACHE_DIR"]).parent.name.startswith("dlpo_nb-") and not list((tmp_path / f"dlpo_nb-{os.getuid()}").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_without_home(tmp_path):
+    """May write neither to the installation nor to a home, and has no entry among the users."""
+    tmp_path.chmod(0o777)
+    package = Path(checkout(".")).resolve()
+    bare = {"PATH": os.environ["PATH"], "HOME": "/", "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(package), *filter(None, sys.path)])}
+    run = lambda code: subprocess.run([sys.executable, "-c", code], user=54321, group=54321, extra_groups=[], cwd="/", env=bare, capture_output=True, text=True)
+    try:
+        if run("import torch").returncode:
+            pytest.skip("the environment that runs the tests is closed to other users")
+    except PermissionError:
+        pytest.skip("the interpreter that runs the tests is closed to other users")
+    code = """
+import getpass, pathlib, torch
+from dlpo_nb.evaluate import aligned_log_mel_distance
+print(getpass.getuser(), pathlib.Path.home(), aligned_log_mel_distance(torch.zeros(80, 5), torch.zeros(80, 4)))
+"""
+    done = run(code)
+    assert done.returncode == 0 and done.stdout == "user54321 / 0.0\n", done.stderr

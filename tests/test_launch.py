@@ -2,16 +2,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dlpo_nb import launch as module
-from dlpo_nb.core import UserError, asset, run_main
+from dlpo_nb.core import UserError, asset, lock_folder, run_main, unlock_folders
 from dlpo_nb.evaluate import judge_options
-from dlpo_nb.launch import LaunchConfig, load_reward, texts_of
+from dlpo_nb.launch import LaunchConfig, banner, load_reward, parse, recorded, rehearse, stored_config, texts_of
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,81 @@ def test_a_run_is_not_gone_on_with_as_another(flags, words, finished):
     done = launch("--out", finished[0], "--resume", *flags)
     assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
     assert (finished[0] / "config.json").read_text() == before
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_run_that_is_under_way_is_left_alone(finished):
+    before = files(finished[0])
+    lock_folder(finished[0])
+    try:
+        refused = launch("--out", finished[0], "--resume", "--episodes", 3)
+    finally:
+        unlock_folders()
+    assert refused.returncode == 2 and "another process" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert files(finished[0]) == before
+
+
+def test_a_resumed_run_has_no_fewer_episodes_than_are_done(finished):
+    with pytest.raises(UserError, match="--episodes is 1, .* has done 2"):
+        parse(["--out", str(finished[0]), "--resume", "--episodes", "1"])
+    assert parse(["--out", str(finished[0]), "--resume"])[1].episodes == 2
+
+
+@pytest.mark.parametrize("flags", [
+    ["--advantage", "batch"], ["--fork", "0"], ["--train-steps", "last:2"], ["--heldout", "1"], ["--max-words", "3"], ["--estimator", "score"],
+    ["--reduction", "sum"], ["--denoising-levels", "grid", "--denoising-steps", "2"], ["--control", "shuffle-advantages"], ["--denoising-source", "sample"]])
+def test_what_decides_the_numbers_stays(flags, finished):
+    with pytest.raises(UserError, match=f"{flags[0]} is .* begun with"):
+        parse(["--out", str(finished[0]), "--resume", *flags])
+
+
+def test_the_record_of_a_finished_run(finished):
+    record = json.loads((finished[0] / "config.json").read_text())
+    built = {"alpha": 1.0, "clip_range": 1e-4, "estimator": "ratio", "beta": 0.5, "denoising_source": "data", "penalty_parts": "direct"}
+    assert record["objective"].items() >= built.items() <= record.items()
+    assert record["flags"][record["flags"].index("--episodes") + 1] == "2" and set(record["inputs"]) >= {"base_checkpoint", "texts", "corpus"}
+    assert stored_config(finished[0])[1].objective.beta == 0.5
+
+
+def test_an_objective_of_ones_own_is_recorded_as_it_was_built(capsys):
+    @dataclass
+    class Cautious(PolicyGradient):
+        beta: float = 1.25
+        patience: int = 3
+
+    OBJECTIVES.register("cautious")(Cautious)
+    try:
+        config = LaunchConfig.of("cautious").resolved()
+        banner("tiny", config, ["one"], [])
+        record = recorded("tiny", config, {})
+        again = LaunchConfig.of("cautious", beta=record["beta"]).resolved().objective
+    finally:
+        OBJECTIVES.entries.pop("cautious")
+    assert "cautious: alpha 1, beta 1.25, estimator ratio, clip_range 0.0001, advantage group," in capsys.readouterr().out
+    assert record["flags"] == ["--method", "cautious"], "what it fills in need not be said"
+    assert record["beta"] == 1.25 and record["objective"]["patience"] == 3 and again.beta == 1.25
+
+
+def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_path):
+    """Judging, comparing and reporting are tried on a recording first; nothing is left where that fails."""
+    config = LaunchConfig(reward="2*dnsmos", normalise="z", heldout=2).resolved()
+    reward = load_reward(config)
+    before = reward.state_dict()
+    rehearse("tiny", config, reward)
+    assert reward.state_dict() == before and reward.pop_components() == {}
+    for broken in ("dlpo_nb.evaluate.aligned_log_mel_distance", "dlpo_nb.evaluate.write_rows", "dlpo_nb.report.write_page", "dlpo_nb.launch.write_audio"):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, refuse)
+            with pytest.raises(UserError, match="no space"):
+                module.launch("tiny", replace(config, reward="dnsmos", normalise="none", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def refuse(*args, **options):
+    raise UserError("there is no space")
 
 
 def test_rewards_of_a_run():

@@ -17,7 +17,7 @@ from deterministic_weights import fill, integers, noise, waveform
 from test_distributed import workers
 
 from dlpo_nb import pretrain as module
-from dlpo_nb.core import UserError, asset
+from dlpo_nb.core import UserError, asset, lock_folder, unlock_folders
 from dlpo_nb.data import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.pretrain import (REFERENCE, PretrainConfig, Pretraining, Steps, batch_losses, draw_start, first_model, fit, make_optimisers,
@@ -163,6 +163,36 @@ def test_states_that_do_not_fit(config):
     (config.out / "state.pt").write_bytes((config.out / "state.pt").read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot go on from"):
         pretrain(replace(config, resume=True))
+
+
+def test_a_resumed_training_keeps_what_was(config, tmp_path):
+    fit(prepare(config), last_step=2)
+    with pytest.raises(UserError, match="--steps is 1, .* has done 2"):
+        prepare(replace(config, resume=True, steps=1))
+    other = shutil.copytree(CORPUS, tmp_path / "other")
+    rows = [json.loads(line) for line in (other / "manifest.jsonl").open()]
+    rows[-1]["text"] = "Something else was said."
+    (other / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="made on other utterances"):
+        prepare(replace(config, resume=True, corpus=other))
+    environment = (config.out / "environment.json").read_bytes()
+    prepare(replace(config, resume=True, steps=6, workers=1))
+    record = json.loads((config.out / "config.json").read_text())
+    assert (record["steps"], record["changes"], record["workers"]) == (4, [{"step": 2, "steps": 6}], 1)
+    assert (config.out / "environment.json").read_bytes() == environment
+
+
+def test_a_training_that_is_under_way_is_left_alone(config):
+    fit(prepare(config), last_step=2)
+    resume = command(config, "--steps", 4, "--warmup-steps", 2, "--log-every", 2, "--resume")
+    lock_folder(config.out)
+    try:
+        before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}  # to read the lock does not let go of it
+        done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
+    finally:
+        unlock_folders()
+    assert done.returncode == 2 and f"another process ({os.getpid()})" in done.stderr and "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
 def test_resume_without_a_state_starts(config):
@@ -435,7 +465,7 @@ def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
 def test_the_folder_of_another_kind_of_run_is_left_alone(config):
     config.out.mkdir()
     (config.out / "config.json").write_text('{"preset": "tiny"}')
-    for resume, words in ((False, "already holds a run"), (True, "no training of a base")):
+    for resume, words in ((False, "already holds a run"), (True, "not a training of a base")):
         with pytest.raises(UserError, match=words):
             prepare(replace(config, resume=resume))
     assert (config.out / "config.json").read_text() == '{"preset": "tiny"}'

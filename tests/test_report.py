@@ -12,6 +12,7 @@ from make_run import TEXTS, make_run
 
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir, UserError
+from dlpo_nb.evaluate import read_rows, write_rows
 from dlpo_nb.report import control_command, control_difference, main, read_run, reward_curve, write_comparison, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,3 +170,25 @@ def test_the_command(tmp_path, capsys):
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     with pytest.raises(UserError, match="no run given"):
         main([])
+
+
+def test_a_method_that_this_process_does_not_know(tmp_path):
+    """A page about a folder needs the folder only."""
+    path = make_run(tmp_path / "run", method="positive")
+    RunDir(path).write_json("config.json", RunDir(path).read_json("config.json") | {
+        "objective": {"alpha": 1.0, "beta": 2.0}, "flags": ["--method", "positive", "--beta", "2.0"], "changes": [{"episode": 3, "beta": 1.0}]})
+    page = checked(write_report(path))
+    assert "launch tiny --method positive --beta 2.0 --control" in page.said and "Settings were changed on the way" in page.said
+
+
+def test_a_text_that_one_run_lacks_is_left_out_of_all(tmp_path):
+    """A judge refuses a recording that lasts too long; its row has no score."""
+    run, control = make_run(tmp_path / "run"), make_run(tmp_path / "control", control="shuffle-advantages", effect=0.0)
+    rows = read_rows(run / "evaluation.csv")
+    del rows["tuned"][0]["dnsmos"]
+    write_rows(run / "evaluation.csv", rows)
+    beyond = control_difference([run, control])
+    assert (beyond["metrics"]["dnsmos"]["n"], beyond["metrics"]["nisqa"]["n"], beyond["n"]) == (63, 64, 64)
+    assert "63 texts" in checked(write_comparison([run, control])).said
+    left = [b["dnsmos"] for b in rows["base"][1:]], [t["dnsmos"] for t in rows["tuned"][1:]]
+    assert beyond["metrics"]["dnsmos"]["run"] == pytest.approx(np.mean(left[1]) - np.mean(left[0]))

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from shared_work import MORE, reward
 from small_policy import TINY, make_model, spoken
 
 from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranking, save_last, states
-from dlpo_nb.core import UserError, read_jsonl
+from dlpo_nb.core import RunDir, UserError, read_jsonl, unlock_folders
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import LaunchConfig, begin, train
+from dlpo_nb.launch import LaunchConfig, applicable, begin, check_resumed, stored_config, train
 from dlpo_nb.weights import read_safetensors
 
 EPISODES = 6
@@ -166,3 +167,65 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.read_bytes() for path in states(tmp_path)] == [before] and not list(tmp_path.glob(".*tmp"))
+
+
+def test_two_at_once_are_one_and_a_refusal(whole, tmp_path):
+    """As a job array does; whoever comes second finds the folder locked, or a run in it."""
+    processes = [started(tmp_path / "run") for _ in range(2)]
+    for process in processes:
+        process.join(300)
+    assert sorted(process.exitcode for process in processes) == [0, 1]
+    assert left_behind(tmp_path / "run") == whole[0]
+
+
+def resumed(out, **changes):
+    """The run in `out`, resumed in this process for one more episode."""
+    preset, stored = stored_config(out)
+    config = LaunchConfig.of(**applicable(LaunchConfig, stored.flat()) | changes).resolved()
+    check_resumed(stored, config)
+    tuner = Finetuner(config, spoken(make_model(config=TINY)), reward(), MORE)
+    run = begin(preset, config, tuner)
+    unlock_folders()
+    if tuner.next_episode < config.episodes:
+        run.append_metrics(tuner.episode())
+        save_last(tuner, out / "checkpoints")
+    return RunDir(out).read_json("config.json")
+
+
+def test_a_resumed_run_keeps_what_was(tmp_path):
+    out = tmp_path / "run"
+    config = settings(out)
+    tuner = tuner_in(out)
+    begin("tiny", config, tuner)
+    for _ in range(2):
+        tuner.episode()
+        save_last(tuner, out / "checkpoints")
+    begun = RunDir(out).read_json("config.json")
+    changed = resumed(out, learning_rate=5e-4, micro_batch=2)
+    assert changed["learning_rate"] == 1e-3 and changed["changes"] == [{"episode": 2, "learning_rate": 5e-4}] and changed["micro_batch"] == 2
+    assert {k: v for k, v in changed.items() if begun.get(k) != v}.keys() == {"changes", "micro_batch", "flags"}
+    again = resumed(out, beta=0.25, episodes=7)
+    assert again["changes"] == changed["changes"] + [{"episode": 3, "beta": 0.25}] and again["beta"] == begun["beta"] and again["episodes"] == 7
+    assert resumed(out)["changes"] == again["changes"] and stored_config(out)[1].learning_rate == 5e-4
+    with pytest.raises(UserError, match="has done 5"):
+        resumed(out, episodes=4)
+
+
+def test_other_texts_or_another_base_are_refused(tmp_path):
+    out = tmp_path / "run"
+    base, other = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"
+    base.write_bytes(b"weights")
+    config = replace(settings(out), base_checkpoint=str(base))
+    begin("tiny", config, tuner_in(out))
+    unlock_folders()
+    other.write_bytes(b"weights")
+    assert resumed(out, base_checkpoint=str(other))["base_checkpoint"] == str(other)
+    other.write_bytes(b"others")
+    with pytest.raises(UserError, match="--base-checkpoint .* is not what the run"):
+        resumed(out)
+    other.write_bytes(b"weights")
+    before = (out / "config.json").read_text()
+    preset, stored = stored_config(out)
+    with pytest.raises(UserError, match="--texts .* is not what the run"):
+        begin(preset, stored, Finetuner(stored, spoken(make_model(config=TINY)), reward(), MORE[:-1]))
+    assert (out / "config.json").read_text() == before
