@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CAUTION', 'MANUAL', 'NISQA_WEIGHTS', 'WEIGHTS', 'LEVEL', 'SHORT', 'synthesise_all', 'Row', 'measure',
-           'aligned_log_mel_distance', 'speaker_log_mels', 'paired_difference', 'left_out', 'compare', 'direction',
-           'role', 'verdict', 'ordered', 'drift_lines', 'left_out_lines', 'format_table', 'write_rows', 'read_rows',
-           'EvaluateConfig', 'judge_options', 'identity', 'find_judges', 'at_level', 'ask', 'ScoreBook', 'sound_keys',
-           'load_model', 'speak', 'read_system', 'levelled_name', 'judge_system', 'choose_texts', 'choose_schedule',
-           'open_folder', 'measure_systems', 'measures_of', 'leaderboard_axes', 'pooled_rates', 'evaluation_text',
-           'draw_evaluation', 'write_evaluation', 'evaluate', 'main']
+           'aligned_log_mel_distance', 'speaker_log_mels', 'paired_difference', 'missing_scores', 'compare',
+           'direction', 'role', 'verdict', 'ordered', 'drift_lines', 'left_out_lines', 'format_table', 'write_rows',
+           'read_rows', 'EvaluateConfig', 'judge_options', 'identity', 'find_judges', 'at_level', 'ask', 'ScoreBook',
+           'sound_keys', 'load_model', 'speak', 'read_system', 'levelled_name', 'judge_system', 'choose_texts',
+           'choose_schedule', 'open_folder', 'measure_systems', 'measures_of', 'leaderboard_axes', 'pooled_rates',
+           'evaluation_text', 'draw_evaluation', 'write_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/50_evaluate.ipynb #0bdd5d9b
 import csv
@@ -149,7 +149,7 @@ def paired_difference(base, tuned):
     return dict(n=len(base), base=float(base.mean()), tuned=float(tuned.mean()), difference=difference, low=low, high=high)
 
 
-def left_out(base_rows, tuned_rows):
+def missing_scores(base_rows, tuned_rows):
     "The scores that one of two systems lacks, so that the other's is left out too: a dict of system, index, text, judge, reason each."
     return [dict(system=system, index=i, text=row["text"], judge=name, reason=reason)
             for system, rows in (("base", base_rows), ("tuned", tuned_rows)) for i, row in enumerate(rows)
@@ -172,7 +172,7 @@ def compare(
         both = [(base[name], tuned[name]) for base, tuned in pairs if None not in (base.get(name), tuned.get(name))]
         if both:
             metrics[name] = paired_difference(*zip(*both))
-    result = dict(n=len(texts), metrics=metrics, left_out=left_out(base_rows, tuned_rows), duration_ratio=metrics["seconds"]["tuned"] / metrics["seconds"]["base"])
+    result = dict(n=len(texts), metrics=metrics, left_out=missing_scores(base_rows, tuned_rows), duration_ratio=metrics["seconds"]["tuned"] / metrics["seconds"]["base"])
     if base_audio is not None:
         distances = [log_mel_distance(log_mel(a), log_mel(b)) for a, b in zip(base_audio, tuned_audio, strict=True)]
         result["log_mel_distance"] = dict(zip(("mean", "low", "high"), bootstrap_interval(distances)))

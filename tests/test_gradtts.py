@@ -386,7 +386,7 @@ def test_sound_and_state(voice):
 @pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_every_method(voice, method):
     """The first ratio is 1, only the decoder moves."""
-    tuner = make_tuner(voice, method=method, corpus=make_corpus(voice.hop), dl_source="auto", penalty_parts="auto", rollout_steps=4)
+    tuner = make_tuner(voice, method=method, corpus=make_corpus(voice.hop), rollout_steps=4)
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
     assert first["kl"] == 0.0 < second["kl"] and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
