@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'gather', 'from_first', 'add_up', 'share', 'gather_rows', 'fail_together',
            'first_does', 'under_torchrun', 'kept_store', 'join', 'leave', 'told', 'run_process', 'begun_here',
-           'start_processes']
+           'write_environment', 'start_processes']
 
 # %% ../nbs/41_distributed.ipynb #a57517dd
 import importlib
@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from .core import RunDir, UserError, pick_device
+from .core import RunDir, UserError, environment, pick_device, plain, record_changes
 
 # %% ../nbs/41_distributed.ipynb #14a4da5f
 def rank() -> int:
@@ -169,6 +169,14 @@ def begun_here(folder) -> bool:
         return False
     # an id may come again, but not where the command looked before it started torchrun, nor where a first refusal has left its mark
     return "DLPO_STARTED" in os.environ or kept_store() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def write_environment(run: RunDir, new: bool, **place):
+    "Write environment.json: of a new run what it runs on; of a resumed one also what is other now, and from which `episode` or `step` on."
+    now = plain(environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
+    if not new:
+        now = record_changes(run.read_json("environment.json"), now, [name for name in now if name != "torchrun"], **place)
+    run.write_json("environment.json", now)
 
 
 def start_processes(

@@ -28,10 +28,11 @@ import torch
 from .audio import SAMPLE_RATE, read_audio, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last, states
 from .core import (
-    RunDir, UserError, asset, base_path, environment, fingerprint, in_force, lock_folder, plain, read_jsonl, record_changes, run_main, unlock_folders)
+    RunDir, UserError, asset, base_path, fingerprint, in_force, lock_folder, plain, read_jsonl, record_changes, run_main, unlock_folders)
 from .data import load_corpus
-from .distributed import begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size
-from .config import FinetuneConfig, applicable, from_flags
+from .distributed import (
+    begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size, write_environment)
+from .config import FinetuneConfig, applicable, from_flags, renamed
 from .diagnostics import drift
 from .finetune import Finetuner, finetune, load_state
 from .lora import merged
@@ -524,6 +525,7 @@ def write_record(run, preset, config, inputs, episode):
     record = recorded(preset, config, inputs)
     if (run.path / "config.json").exists():
         begun = run.read_json("config.json")
+        begun = begun if "inputs" in begun else renamed(begun) # one of before may have other names
         check_inputs(begun, inputs, config)
         kept = {name: record[name] for name in (*FREE, *INPUTS) if name not in ("resume", "dry_run")}
         record = record_changes(begun, record, [name for name in MAY_CHANGE if name in record], episode=episode) | kept
@@ -537,8 +539,8 @@ def begin(preset, config, tuner, heldout=(), watched=()):
     def first():
         run, inputs = open_run(preset, config), read_inputs(config, tuner, heldout, watched)
         state = load_last(tuner, run.path / "checkpoints") # in a new run there is none
-        if not all((run.path / name).exists() for name in ("environment.json", "config.json")):
-            run.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
+        new = not all((run.path / name).exists() for name in ("environment.json", "config.json"))
+        write_environment(run, new, episode=tuner.next_episode)
         write_record(run, preset, config, inputs, tuner.next_episode) # last: with it the folder holds a run
         run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
         return run, state

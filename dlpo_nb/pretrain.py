@@ -35,11 +35,12 @@ from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
 from .core import (
-    RunDir, UserError, base_path, environment, fingerprint, keyed_generator, lock_folder, plain, record_changes, run_main, save_tensors,
+    RunDir, UserError, base_path, fingerprint, keyed_generator, lock_folder, plain, record_changes, run_main, save_tensors,
     set_seed, unlock_folders)
 from .data import Corpus, load_corpus
 from .diffusion import NoiseSchedule
-from .distributed import add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size
+from .distributed import (
+    add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size, write_environment)
 from .text import SYMBOLS, pad_ids
 from .wavegrad2.encoder import length_mask
 from .policy import denoising_loss, duration_loss
@@ -688,9 +689,9 @@ def write_beginning(run):
     "What the folder of a run has before its first step, or before it goes on; what it was begun with stays on record."
     run.folder.trim_metrics(run.step + 1, "step")
     record = plain(run.config)
-    if run.step == 0 or not (run.folder.path / "config.json").exists():
-        run.folder.write_json("environment.json", environment() | {"processes": world_size(), "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
-    else:
+    new = run.step == 0 or not all((run.folder.path / name).exists() for name in ("environment.json", "config.json"))
+    write_environment(run.folder, new, step=run.step)
+    if not new:
         free = {name: record[name] for name in FREE if name != "resume"}
         record = record_changes(run.folder.read_json("config.json"), record, MAY_CHANGE, step=run.step) | free
     run.folder.write_json("config.json", record)

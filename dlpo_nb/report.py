@@ -314,8 +314,11 @@ def evaluation_table(run):
     if run.evaluation is None:
         return ""
     reward, metrics = run.config["reward"], run.evaluation["metrics"]
-    rows = [[tagged(name, reward), f"{metrics[name]['base']:.3f}", f"{metrics[name]['tuned']:.3f}", *change_cells(metrics[name]),
+    rows = [[tagged(name, reward), metrics[name].get("n", run.evaluation["n"]), f"{metrics[name]['base']:.3f}", f"{metrics[name]['tuned']:.3f}", *change_cells(metrics[name]),
              direction(metrics[name])] for name in ordered(metrics, reward)]
+    absent = [f"{html.escape(one['judge'])} could not judge text {one['index'] + 1}, “{html.escape(one['text'])}”, of the {one['system']} model: "
+              f"{html.escape(one['reason'])}" for one in run.evaluation.get("left_out", [])]
+    absent = f'<p class="soft">Left out on both sides (column n): {"; ".join(absent)}.</p>' if absent else ""
     extra = [f"Duration of tuned over base: {run.evaluation['duration_ratio']:.3f}"]
     if "log_mel_distance" in run.evaluation:
         extra.insert(0, f"Log-mel distance from base to tuned: {run.evaluation['log_mel_distance']['mean']:.3f} (0.05 is 1 dB)")
@@ -325,8 +328,8 @@ def evaluation_table(run):
     if "diffusion_loss/base" in drift:
         extra.append(f"Denoising loss on recordings: {drift['diffusion_loss/base']:.4f} before, {drift['diffusion_loss/tuned']:.4f} after")
     return (f"<h2>On {run.evaluation['n']} held-out texts</h2>" + card(
-        table(["", "base", "tuned", "tuned − base", "", ""], rows)
-        + f'<p class="soft">Both models spoke each text from the same noise. Intervals: paired bootstrap over texts. {". ".join(extra)}.</p>'))
+        table(["", "n", "base", "tuned", "tuned − base", "", ""], rows)
+        + f'<p class="soft">Both models spoke each text from the same noise. Intervals: paired bootstrap over texts. {". ".join(extra)}.</p>' + absent))
 
 
 def curves(runs):

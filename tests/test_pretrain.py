@@ -433,7 +433,9 @@ def test_one_process_starts_and_two_go_on(config):
     flags = "--resume --batch-size 3 --optimiser adamw --lr 1e-4 --precision float32 --log-every 1 --steps 4 --warmup-steps 2".split()
     done = in_two(command(config, *flags))
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in config.out.iterdir()) == before and json.loads((config.out / "environment.json").read_text())["processes"] == 2
+    environment = json.loads((config.out / "environment.json").read_text())
+    assert environment["processes"] == 1 and (environment["changes"][0]["step"], environment["changes"][0]["processes"]) == (1, 2)
+    assert sorted(p.name for p in config.out.iterdir()) == before
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (whole.out, config.out)]
     for a, b in zip(*rows, strict=True):
         for name in ("step", "loss", "duration_loss", "grad_norm", "held_out_loss", "lr"):

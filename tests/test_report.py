@@ -12,7 +12,7 @@ from make_run import TEXTS, make_run
 
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir, UserError
-from dlpo_nb.evaluate import read_rows, write_rows
+from dlpo_nb.evaluate import Row, compare, read_rows, write_rows
 from dlpo_nb.report import control_command, control_difference, main, read_run, reward_curve, write_comparison, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,3 +192,13 @@ def test_a_text_that_one_run_lacks_is_left_out_of_all(tmp_path):
     assert "63 texts" in checked(write_comparison([run, control])).said
     left = [b["dnsmos"] for b in rows["base"][1:]], [t["dnsmos"] for t in rows["tuned"][1:]]
     assert beyond["metrics"]["dnsmos"]["run"] == pytest.approx(np.mean(left[1]) - np.mean(left[0]))
+
+
+def test_what_a_judge_refused_is_listed(tmp_path):
+    run = RunDir(make_run(tmp_path / "run"))
+    base, tuned = (read_rows(run.path / "evaluation.csv")[name] for name in ("base", "tuned"))
+    base, tuned = [Row(row) for row in base], [Row(row) for row in tuned]
+    tuned[2]["nisqa"], tuned[2].refused = None, {"nisqa": "longer than <60> s"}
+    run.write_json("summary.json", run.read_json("summary.json") | {"evaluation": compare(base, tuned)})
+    said = checked(write_report(run.path)).said
+    assert "Left out on both sides (column n): nisqa could not judge text 3, “Rain, <at last>.”, of the tuned model: longer than <60> s." in said

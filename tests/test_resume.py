@@ -211,6 +211,21 @@ def test_a_resumed_run_keeps_what_was(tmp_path):
         resumed(out, episodes=4)
 
 
+def test_a_record_of_before_is_resumed(tmp_path):
+    """It has other names, and no marks of what it read."""
+    out = tmp_path / "run"
+    begin("tiny", settings(out), tuner_in(out))
+    unlock_folders()
+    record = RunDir(out).read_json("config.json")
+    old = {{"denoising_frames": "guidance_frames"}.get(name, name): value for name, value in record.items() if name not in ("inputs", "flags", "objective")}
+    RunDir(out).write_json("config.json", old)
+    again = resumed(out)
+    assert "changes" not in again and again["denoising_frames"] == 8
+    RunDir(out).write_json("config.json", old)
+    with pytest.raises(UserError, match="--texts elsewhere.txt is not what"):
+        resumed(out, texts="elsewhere.txt")
+
+
 def test_other_texts_or_another_base_are_refused(tmp_path):
     out = tmp_path / "run"
     base, other = tmp_path / "base.safetensors", tmp_path / "moved.safetensors"
