@@ -314,10 +314,10 @@ def evaluation_table(run):
     if run.evaluation is None:
         return ""
     reward, metrics = run.config["reward"], run.evaluation["metrics"]
-    rows = [[tagged(name, reward), metrics[name].get("n", run.evaluation["n"]), f"{metrics[name]['base']:.3f}", f"{metrics[name]['tuned']:.3f}", *change_cells(metrics[name]),
-             direction(metrics[name])] for name in ordered(metrics, reward)]
-    absent = [f"{html.escape(one['judge'])} could not judge text {one['index'] + 1}, “{html.escape(one['text'])}”, of the {one['system']} model: "
-              f"{html.escape(one['reason'])}" for one in run.evaluation.get("left_out", [])]
+    rows = [[tagged(name, reward), metrics[name].get("n", run.evaluation["n"]), f"{metrics[name]['base']:.3f}", f"{metrics[name]['tuned']:.3f}",
+             *change_cells(metrics[name]), direction(metrics[name])] for name in ordered(metrics, reward)]
+    absent = [html.escape(f"{one['judge']} could not judge text {one['index'] + 1}, “{one['text']}”, of the {one['system']} model: {one['reason']}")
+              for one in run.evaluation.get("left_out", [])]
     absent = f'<p class="soft">Left out on both sides (column n): {"; ".join(absent)}.</p>' if absent else ""
     extra = [f"Duration of tuned over base: {run.evaluation['duration_ratio']:.3f}"]
     if "log_mel_distance" in run.evaluation:
