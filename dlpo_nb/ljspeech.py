@@ -420,7 +420,7 @@ def stored_split(config, names) -> dict:
     path = config.out / "split.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        return {name: before.get(name, "train") for name in names}
+        return {name: before.get(name, part_of(name)) for name in names}  # LJSpeech keeps its fixed parts
     split = split_of(names, config.seed)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(split, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -439,3 +439,11 @@ def test_vowels_without_stress_get_it(spoken, tmp_path):
     make_ljspeech(one_clip(spoken, tmp_path, lj.bare(item.phones), np.cumsum([0, *item.frames]) / 73.5), progress=False)
     phones = manifest(tmp_path / "c")[0]["phones"]
     assert lj.bare(phones) == lj.bare(item.phones) and all(phone[-1].isdigit() for phone in phones if phone[0] in "AEIOU")
+
+
+def test_a_limited_run_does_not_move_ljspeech_into_training(tmp_path):
+    (tmp_path / "c").mkdir()
+    config = LJSpeechConfig(tmp_path, tmp_path / "c")
+    val, test = sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]
+    assert lj.stored_split(config, ["LJ001-0001"]) == {"LJ001-0001": "train"}
+    assert lj.stored_split(config, ["LJ001-0001", val, test]) == {"LJ001-0001": "train", val: "val", test: "test"}
