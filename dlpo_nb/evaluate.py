@@ -30,13 +30,13 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, remarks, rms_db, write_audio
+from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db, sound_faults, write_audio
 from .core import RunDir, UserError, append_jsonl, asset, atomic_write, environment, keyed_generator, pick_device, plain, read_jsonl, run_main
 from .diffusion import NoiseSchedule
 from .distributed import gather, share
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
-from .rewards.wer import spoken_words
+from .rewards.wer import ears, spoken_words
 from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
@@ -364,7 +364,7 @@ def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
         except UserError as error:
             left_out.append(f"{name} is left out: {error}")
     if "wer" in judges and (recogniser := getattr(judges["wer"], "recognise", None)):
-        left_out.append(f"wer: the words were heard by {getattr(recogniser, '__name__', type(recogniser).__name__).replace('hear_by_', '')}")
+        left_out.append(f"wer: the words were heard by {ears(recogniser)}")
     if not judges:
         raise UserError("; ".join(left_out) or "--metrics names no judge; use for example --metrics dnsmos")
     return judges, left_out
@@ -465,7 +465,7 @@ def read_system(system, paths, failed) -> tuple: # {index: audio (N,)}, list of 
             if i not in failed:
                 clips[i], done = read_clip(path)
                 notes += [f"{system.name}: {path.name}: {'; '.join(done)}"] if done else []
-                notes += [f"{system.name}: {path.name}: {remark}" for remark in remarks(clips[i])]
+                notes += [f"{system.name}: {path.name}: {fault}" for fault in sound_faults(clips[i]).values()]
         except UserError as error:
             failed[i] = error
     return clips, notes
