@@ -24,7 +24,8 @@ import torch
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
 from .base import REWARDS, Reward, unusable, without_autocast
-from ..normalisation import MONTHS, normalise
+from ..normalisation import normalise
+from ..quantities import MONTHS
 
 # %% ../../nbs/24_wer.ipynb #4665af41
 def _speakable(character):
