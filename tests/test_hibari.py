@@ -18,7 +18,7 @@ from dlpo_nb.text import PHONES, prompts, text_to_phones
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_voice = pytest.mark.skipif(importlib.util.find_spec("hibari") is None, reason="hibari is not installed: pip install 'dlpo_nb[voice]'")
-SYMBOLS = [*hibari.CONSONANT, *hibari.VOWEL, *hibari.PAIR, *hibari.PAUSE, *hibari.STRESS, *hibari.LENGTHENS, " "]
+SYMBOLS = sorted([*hibari.CONSONANT, *hibari.VOWEL, *hibari.PAIR, *hibari.PAUSE, *hibari.STRESS, *hibari.LENGTHENS, " "])  # in one order in every process of pytest-xdist
 
 
 def test_there_are_as_many_symbols_as_in_the_voice():
