@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOP', 'FRAME_RATE', 'VOICE', 'INSTALL', 'SPEAK', 'FINAL_PAUSE', 'SECONDS_A_TEXT', 'HELD', 'scheme_string',
-           'check_festival', 'arpabet', 'cut', 'read_utterance', 'keep_utterance', 'speak_texts', 'CorpusConfig',
-           'make_corpus', 'fragments', 'read_flac', 'Item', 'Corpus', 'load_corpus', 'collate', 'bucketed_batches',
-           'main']
+           'check_festival', 'ends_in_pause', 'arpabet', 'cut', 'read_utterance', 'keep_utterance', 'speak_texts',
+           'CorpusConfig', 'make_corpus', 'fragments', 'read_flac', 'Item', 'Corpus', 'load_corpus', 'collate',
+           'bucketed_batches', 'main']
 
 # %% ../nbs/03_data.ipynb #85fd3e97
 import itertools
@@ -30,7 +30,7 @@ import torch
 
 from .audio import SAMPLE_RATE
 from .core import UserError, append_jsonl, read_jsonl, run_main, split_lines
-from .text import normalise, pad_ids, phones_to_ids, read_texts
+from .text import normalise, pad_ids, phones_to_ids, read_texts, text_to_words
 
 # %% ../nbs/03_data.ipynb #f3d99a57
 HOP = 300  # samples a frame
@@ -66,6 +66,11 @@ def check_festival():
 FINAL_PAUSE = 4  # frames
 
 
+def ends_in_pause(text) -> bool:
+    "Whether the symbols of a text end in sp, so that its recording must. Raises UserError if there is nothing to say."
+    return text_to_words(text)[-1] == ","
+
+
 def arpabet(name, stressed):
     "A phone of the voice as one of the checkpoint's: `ax` -> AH0, `pau` -> sp."
     if name == "pau":
@@ -75,13 +80,13 @@ def arpabet(name, stressed):
     return phone + (str(int(stressed and name != "ax")) if is_vowel else "")
 
 
-def cut(phones, ends, full_stop):
+def cut(phones, ends, final_pause):
     "(phones, boundaries in frames (len(phones) + 1,)) without the silences around the text; `ends` in seconds."
     start = 0.0
     if phones[0] == "sp":
         start, phones, ends = ends[0], phones[1:], ends[1:]
     if len(phones) > 1 and phones[-1] == "sp":
-        if full_stop:
+        if final_pause:
             ends = ends[:-1] + [min(ends[-1], ends[-2] + FINAL_PAUSE / FRAME_RATE)]
         else:
             phones, ends = phones[:-1], ends[:-1]
@@ -90,7 +95,7 @@ def cut(phones, ends, full_stop):
 # %% ../nbs/03_data.ipynb #afd22849
 def read_utterance(
     stem: Path,  # festival wrote stem.wav and stem.phones
-    full_stop: bool,  # the text ends in one, or in another mark that is read as a pause
+    final_pause: bool,  # `ends_in_pause` of the text
 ):
     "(audio (samples,) int16 at 22.05 kHz, peak at full scale; phones; frames of each phone). ValueError for a file that was not finished."
     from scipy.signal import resample_poly
@@ -100,7 +105,7 @@ def read_utterance(
     if not rows:
         raise ValueError("there is nothing to say in it")
     names, ends, stresses = zip(*(row.split() for row in rows))
-    phones, at = cut([arpabet(n, float(s) > 0) for n, s in zip(names, stresses)], [float(e) for e in ends], full_stop)
+    phones, at = cut([arpabet(n, float(s) > 0) for n, s in zip(names, stresses)], [float(e) for e in ends], final_pause)
     wave, rate = soundfile.read(stem.with_suffix(".wav"))
     common = math.gcd(SAMPLE_RATE, rate)
     wave = resample_poly(wave, SAMPLE_RATE // common, rate // common)
@@ -146,23 +151,23 @@ def speak_texts(
     results, ready = [], []
     for name, text in todo:
         try:
-            ready.append((name, text, normalise(text)))
+            ready.append((name, text, normalise(text), ends_in_pause(text)))
         except UserError as error:
             results.append((name, text, str(error)))
     while ready and not (stop and stop.is_set()):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            complaint = _run_festival([n for n, _, _ in ready], [words for _, _, words in ready], folder)
+            complaint = _run_festival([row[0] for row in ready], [row[2] for row in ready], folder)
             while ready and (folder / f"{ready[0][0]}.phones").exists():
-                name, text, words = ready.pop(0)
+                name, text, _, final_pause = ready.pop(0)
                 try:
-                    spoken = read_utterance(folder / name, words[-1] in ",.?!;:")
+                    spoken = read_utterance(folder / name, final_pause)
                 except (ValueError, soundfile.SoundFileError) as error:
                     results.append((name, text, str(error)))
                 else:
                     results.append(keep_utterance(out, name, text, *spoken))
         if ready and not (stop and stop.is_set()):
-            name, text, _ = ready.pop(0)
+            name, text, *_ = ready.pop(0)
             results.append((name, text, complaint))
     return results
 
@@ -355,7 +360,7 @@ def load_corpus(
     "All utterances of a corpus, in memory up to `HELD` samples. UserError where files are missing or do not fit the manifest."
     folder = Path(folder)
     if not (folder / "manifest.jsonl").is_file():
-        raise UserError(f"no corpus in {folder} (manifest.jsonl is missing); make one with python -m dlpo_nb.data --texts FILE --out {folder}")
+        raise UserError(f"no corpus in {folder} (manifest.jsonl is missing: none was made, or no utterance came into it); make one with dlpo_nb.data or dlpo_nb.ljspeech")
     rows = read_jsonl(folder / "manifest.jsonl")
     if not rows:
         raise UserError(f"the corpus in {folder} is empty; make it with python -m dlpo_nb.data")

@@ -373,6 +373,29 @@ def test_sub_folders_and_other_rates(spoken, tmp_path):
     assert sorted(ids) == [f"ann_{i}" for i in range(4)]
 
 
+def read_lines(folder, *lines):
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    texts, failures = lj.read_metadata(folder)
+    return dict(texts), [reason for _, _, reason in failures]
+
+
+def test_bars_and_columns(tmp_path):
+    assert read_lines(tmp_path, "c1|Press A | B now.", "c2|My uncle drives taxis.") == ({"c1": "Press A | B now.", "c2": "My uncle drives taxis."}, [])
+    assert read_lines(tmp_path, "c1|Mr. A|mister a", "c2|B|", "c3|C", "c4|D|d") == ({"c1": "mister a", "c2": "B", "c3": "C", "c4": "d"}, [])
+    assert read_lines(tmp_path, "c1 | Mr. A | mister a") == ({"c1": "mister a"}, [])
+    texts, failures = read_lines(tmp_path, "a/1|A", "a_1|B", "a/1|C", "d|", "e")
+    assert texts == {"a/1": "A"}
+    assert [*failures[:3]] == ["a_1 stands there a second time", "a/1 stands there a second time", "d has no text"] and "is not id|text" in failures[3]
+
+
+def test_stereo_and_letters_with_two_spellings(spoken, tmp_path):
+    name = "caf\u00e9"
+    raw = own_folder(tmp_path, spoken, f"{name}|{spoken[0].text}\n", [])
+    both = np.stack([spoken[0].audio, spoken[0].audio], 1)
+    soundfile.write(raw / "wavs" / "cafe\u0301.wav", both, 44100)
+    assert lj.read_recording(raw, name).shape == (-(-len(both) // 2),)
+
+
 @pytest.mark.parametrize("name, why", [("../x", "outside the folder"), ("/etc/x", "outside the folder"), ("C:\\x", "outside the folder"), ("", "is empty"), ("a?b", "'?'")])
 def test_what_is_wrong_with_an_id_is_said(tmp_path, name, why):
     (tmp_path / "metadata.csv").write_text(f"{name}|Hello.\nok|Hello.\n")
@@ -388,6 +411,54 @@ def test_split_of_others():
         assert (sizes["val"] > 0) == (count > 1) and (sizes["test"] > 0) == (count > 2)
     assert split == lj.split_of([f"x{i}" for i in range(20_000)]) != lj.split_of([f"x{i}" for i in range(20_000)], seed=1)
     assert lj.split_of(["LJ001-0001", "a", "b", "c"])["LJ001-0001"] == "train"
+
+
+def sizes(split):
+    return [list(split.values()).count(part) for part in lj.PARTS]
+
+
+def test_parts_grow_and_nothing_changes_sides():
+    names = [f"x{i}" for i in range(1000)]
+    few = lj.split_of(names[:12])
+    more = lj.split_of(names, before=few)
+    assert sizes(few) == [10, 1, 1] and sizes(more) == [940, 40, 20] and more | few == more
+    assert sizes(lj.split_of(names[:3], before=lj.split_of(names[:2]))) == [1, 1, 1]
+    # LJSpeech's own split is the same whatever was taken of it before
+    lj_names = [f"LJ001-{i:04d}" for i in range(1, 187)]
+    assert lj.split_of(lj_names, before=lj.split_of(lj_names[:4])) == {name: lj.part_of(name) for name in lj_names}
+
+
+def test_a_limit_first_does_not_spoil_the_split(spoken, tmp_path):
+    names = ["LJ001-0001", sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0], "LJ001-0002"]
+    raw, out = raw_folder(tmp_path / "raw", spoken, names), tmp_path / "c"
+    make_ljspeech(LJSpeechConfig(raw, out, limit=1), progress=False)
+    report = make_ljspeech(LJSpeechConfig(raw, out), progress=False)
+    assert [report[part]["utterances"] for part in lj.PARTS] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("gone", ["val", "test", "both"])
+def test_a_part_without_any_recording_gets_one(spoken, tmp_path, gone):
+    names = [f"r{i}" for i in range(4)]
+    raw = own_folder(tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)), names)
+    split, out = lj.split_of(names), tmp_path / "c"
+    for name, part in split.items():
+        if part != "train" and gone in (part, "both"):
+            (raw / "wavs" / f"{name}.wav").unlink()
+    report = make_ljspeech(LJSpeechConfig(raw, out), progress=False)
+    made = [report[part]["utterances"] for part in lj.PARTS]
+    # two for training are too few to give one away for test
+    assert made == {"val": [1, 1, 1], "test": [2, 1, 0], "both": [1, 1, 0]}[gone] and report["failures"] == {"recording": 4 - sum(made)}
+    for part in lj.PARTS:
+        assert sorted(row["id"] for row in manifest(out, part)) == sorted(path.stem for path in (out / part / "audio").iterdir())
+        assert not made[lj.PARTS.index(part)] or load_corpus(out / part)
+    assert make_ljspeech(LJSpeechConfig(raw, out), progress=False) == report
+
+
+def test_another_seed_needs_another_folder(spoken, tmp_path):
+    raw = own_folder(tmp_path / "raw", spoken[:2], "".join(f"{i}|{item.text}\n" for i, item in enumerate(spoken[:2])), "01")
+    make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
+    with pytest.raises(UserError, match="split with --seed 0"):
+        make_ljspeech(LJSpeechConfig(raw, tmp_path / "c", seed=1), progress=False)
 
 
 def test_what_comes_later_is_for_training(spoken, tmp_path):
@@ -408,9 +479,9 @@ def test_a_full_stop_is_a_pause_in_training_too(spoken, tmp_path):
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
     rows = [row for part in lj.PARTS for row in manifest(tmp_path / "c", part)]
     assert len(rows) == 4 and sum(row["phones"][-1] == "sp" for row in rows) == 3
-    for row in rows + read_jsonl(asset("speech_train") / "manifest.jsonl"):
-        if row["text"].endswith("."):
-            assert row["phones"][-1] == lj.text_to_phones(row["text"])[-1] == "sp", row["text"]
+    packaged = [asset("speech_train"), ROOT / "tests" / "data" / "corpus_tiny"]
+    for row in rows + [row for folder in packaged for row in read_jsonl(folder / "manifest.jsonl")]:
+        assert (row["phones"][-1] == "sp") == (lj.text_to_phones(row["text"])[-1] == "sp"), row["text"]
 
 
 def one_clip(spoken, path, phones, bounds, text=None, suffix=".TextGrid"):
@@ -429,6 +500,13 @@ def test_textgrids_are_checked_against_the_text(spoken, tmp_path):
                                      ("e", [*item.phones[:-2], "spn", "sp"], None, "unknown word")]:
         with pytest.raises(UserError, match="not those of the text" if kind == "alignment" else "--keep-unknown"):
             make_ljspeech(one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False)
+    for name, phones, text, reason in [
+            ("g", item.phones, "The lamp is broken, and nobody in the house.", "phones in a row are in the text alone"),
+            ("h", ["ʃ", *item.phones[1:]], None, "english_us_arpa")]:
+        with pytest.raises(UserError, match=reason):
+            make_ljspeech(one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False)
+    lower = make_ljspeech(one_clip(spoken, tmp_path / "i", ["<SIL>", *(phone.lower() for phone in item.phones[1:-1]), "pau"], bounds), progress=False)
+    assert lower["train"]["utterances"] == 1 and manifest(tmp_path / "i" / "c")[0]["phones"][-2:] == [item.phones[-2], "sp"]
     config = one_clip(spoken, tmp_path / "f", [*item.phones[:3], "spn", *item.phones[4:]], bounds)
     config.keep_unknown = True
     assert make_ljspeech(config, progress=False)["train"]["utterances"] == 1
