@@ -8,8 +8,8 @@ __all__ = ['PARTS', 'SPLIT_SHA256', 'LISTEN_RATE', 'LAG', 'LIKE', 'LONGEST_GAP',
            'read_line', 'read_metadata', 'read_recording', 'Alignment', 'phone_of', 'read_textgrid', 'bare',
            'new_decoder', 'find_words', 'Aligner', 'compare_alignments', 'process_aligner', 'cut_silence',
            'with_stress', 'likeness', 'check_text', 'to_frames', 'LJSpeechConfig', 'Task', 'make_clip', 'aligner_of',
-           'manifest_rows', 'write_split', 'stored_split', 'find_textgrids', 'plan', 'made_clips', 'for_empty_parts',
-           'write_report', 'make_ljspeech', 'main']
+           'manifest_rows', 'write_split', 'stored_split', 'find_textgrids', 'plan', 'made_clips', 'move_clip',
+           'for_empty_parts', 'write_report', 'make_ljspeech', 'main']
 
 # %% ../nbs/03b_ljspeech.ipynb #55cafca4
 import difflib
@@ -347,7 +347,7 @@ def cut_silence(alignment: Alignment, final_pause: bool = False) -> Alignment:
         raise UserError("the alignment holds nothing but silence")
     first, last = spoken[0], spoken[-1] + 1
     phones, bounds = [phone or "sp" for phone in alignment.phones[first:last]], alignment.bounds[first : last + 1]
-    if final_pause:
+    if final_pause and "spn" not in alignment.phones[last:]:  # an unknown word is no pause
         phones, bounds = [*phones, "sp"], np.append(bounds, bounds[-1] + FINAL_PAUSE / FRAME_RATE)
     return Alignment(phones, bounds)
 
@@ -563,21 +563,29 @@ def made_clips(tasks, workers):
 
 
 # %% ../nbs/03b_ljspeech.ipynb #fe17d028
+def move_clip(config, task, part):
+    "The task of making a clip again in another part; it is taken out of its old one."
+    rows = [row for row in manifest_rows(config, task.part) if row["id"] != clip_name(task.name)]
+    write_split(config, json.loads((config.out / "split.json").read_text(encoding="utf-8")) | {task.name: part})
+    with atomic_write(config.out / task.part / "manifest.jsonl") as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (config.out / task.part / "audio" / f"{clip_name(task.name)}.flac").unlink(missing_ok=True)
+    return task._replace(part=part)
+
+
 def for_empty_parts(config, tasks) -> list:
-    "Tasks that take utterances out of train, one for each of test and val that has none; train keeps one at least."
-    split, moved = json.loads((config.out / "split.json").read_text(encoding="utf-8")), []
-    for part in ("test", "val"):
-        rows = manifest_rows(config, "train")
-        spare = by_hash([task.name for task in tasks if not is_lj_speech(task.name) and clip_name(task.name) in {row["id"] for row in rows}], config.seed)
-        # with two recordings it is val that gets one, which training needs
-        if manifest_rows(config, part) or len(spare) < (3 if part == "test" else 2):
+    "Tasks that move utterances to parts that have none: to train from test or val, else from train to test and val; train keeps one at least."
+    tasks, moved = [task for task in tasks if not is_lj_speech(task.name)], []
+    made = {part: {row["id"] for row in manifest_rows(config, part)} for part in PARTS}
+    # with two recordings val gets one, which training needs more than test
+    for giver, part, least in (("test", "train", 1), ("val", "train", 1), ("train", "test", 3), ("train", "val", 2)):
+        spare = {task.name: task for task in tasks if task.part == giver and clip_name(task.name) in made[giver]}
+        if made[part] or len(spare) < least:
             continue
-        split[spare[0]] = part
-        write_split(config, split)
-        with atomic_write(config.out / "train" / "manifest.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["id"] != clip_name(spare[0])), encoding="utf-8")
-        (config.out / "train" / "audio" / f"{clip_name(spare[0])}.flac").unlink(missing_ok=True)
-        moved += [task._replace(part=part) for task in tasks if task.name == spare[0]]
+        chosen = by_hash(spare, config.seed)[0]
+        moved.append(move_clip(config, spare[chosen], part))
+        made[giver].remove(clip_name(chosen))
+        made[part].add(clip_name(chosen))
     return moved
 
 

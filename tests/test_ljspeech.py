@@ -454,6 +454,13 @@ def test_a_part_without_any_recording_gets_one(spoken, tmp_path, gone):
     assert make_ljspeech(LJSpeechConfig(raw, out), progress=False) == report
 
 
+def test_the_only_recording_is_for_training(spoken, tmp_path):
+    for name in ("a", "b"):
+        raw = own_folder(tmp_path / name, spoken[:1], f"a|{spoken[0].text}\nb|{spoken[0].text}\n", [name])
+        report = make_ljspeech(LJSpeechConfig(raw, tmp_path / f"c{name}"), progress=False)
+        assert [report[part]["utterances"] for part in lj.PARTS] == [1, 0, 0] and load_corpus(tmp_path / f"c{name}" / "train")[0].id == name
+
+
 def test_another_seed_needs_another_folder(spoken, tmp_path):
     raw = own_folder(tmp_path / "raw", spoken[:2], "".join(f"{i}|{item.text}\n" for i, item in enumerate(spoken[:2])), "01")
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
