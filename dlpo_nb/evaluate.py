@@ -37,7 +37,7 @@ from .distributed import gather, share
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
 from .rewards.wer import ears, packaged_whisper, spoken_words
-from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means
+from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means, values_of
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
 from .policies import load_policy
@@ -290,6 +290,7 @@ beside them (lines NAME|TEXT, or just the texts in the order of the file names);
 names, one a text, or by a number at the end of their names. Several channels are averaged, other rates of 16 kHz and
 more are resampled to 22.05 kHz, and both are said. A recording that cannot be judged (missing, damaged, empty, longer
 than 60 s, below 16 kHz, nan) is listed with its reason; the others are judged.
+A text whose utterance a judge refuses of one system is left out of that judge's means for all systems.
 
 Every judge in --metrics that is not there (unknown, or without its weights) is left out with one sentence.
 MOS judges hear each utterance twice: as it is, and at -26 dBFS RMS, since some of them pay for loudness.
@@ -586,9 +587,10 @@ def leaderboard_axes(evaluation):
 
 
 def pooled_rates(rows):
-    "Word error rate over all words of the texts heard, a share, of each system that has one; in {system: rows}."
-    heard = {system: [(row["wer"], len(spoken_words(row["text"]))) for row in own if "wer" in row] for system, own in rows.items()}
-    return {system: sum(rate * words for rate, words in own) / sum(words for _, words in own) for system, own in heard.items() if own}
+    "Word error rate over all words of the texts heard and refused of no system, a share, of each system that has one; in {system: rows}."
+    heard, _ = values_of(rows, "wer")
+    words = [len(spoken_words(row["text"])) for row in next(iter(rows.values()), [])]
+    return {system: sum(rate * words[i] for i, rate in own.items()) / sum(words[i] for i in own) for system, own in heard.items() if own}
 
 
 def evaluation_text(evaluation):

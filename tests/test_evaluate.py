@@ -452,3 +452,15 @@ def test_what_a_judge_refuses_is_left_out_on_both_sides():
     assert "left out of judge on both sides (n = 2): text 3, 'three'" in (words := " ".join(table.split())) and "too long" in words
     nobody = compare(tuned[2:], tuned[2:])
     assert "judge" not in nobody["metrics"] and len(nobody["left_out"]) == 2
+
+
+def test_a_text_that_is_refused_of_one_system_is_left_out_for_all():
+    from dlpo_nb.evaluate import pooled_rates
+    from dlpo_nb.statistics import compare_systems, table_against
+
+    rows = {"base": [dict(text=t, m=v, wer=w) for t, v, w in (("a b", 1.0, 0.5), ("c", 2.0, 0.0), ("d", 9.0, 1.0))],
+            "other": [dict(text="a b", m=1.5, wer=0.0), dict(text="c", m=2.0, wer=1.0), dict(text="d", seconds=70.0)], "mute": [dict(text=t) for t in ("a b", "c", "d")]}
+    m = compare_systems(rows, {"m": "m"}, "base")["measures"]["m"]
+    assert [(v["n"], v.get("mean")) for v in m["systems"].values()] == [(2, 1.5), (2, 1.75), (0, None)] and m["left_out"] == [2]
+    assert "2 of 3 texts; refused and left out for all systems: 3" in table_against(compare_systems(rows, {"m": "m"}, "base"), "m")
+    assert pooled_rates(rows) == {"base": pytest.approx(1 / 3), "other": pytest.approx(1 / 3)}
