@@ -30,7 +30,7 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, remarks, rms_db, write_audio
+from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db, sound_faults, write_audio
 from .core import RunDir, UserError, append_jsonl, asset, atomic_write, environment, keyed_generator, pick_device, plain, read_jsonl, run_main
 from .diffusion import NoiseSchedule
 from .distributed import gather, share
@@ -467,7 +467,7 @@ def read_system(system, paths, failed) -> tuple: # {index: audio (N,)}, list of 
             if i not in failed:
                 clips[i], done = read_clip(path)
                 notes += [f"{system.name}: {path.name}: {'; '.join(done)}"] if done else []
-                notes += [f"{system.name}: {path.name}: {remark}" for remark in remarks(clips[i])]
+                notes += [f"{system.name}: {path.name}: {fault}" for fault in sound_faults(clips[i]).values()]
         except UserError as error:
             failed[i] = error
     return clips, notes

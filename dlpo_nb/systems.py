@@ -8,6 +8,7 @@ __all__ = ['LOWEST_RATE', 'SUFFIXES', 'read_clip', 'by_number', 'audio_files', '
 
 # %% ../nbs/48_systems.ipynb #24ade8d0
 import re
+import warnings
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import soundfile
 import torch
 
-from .audio import SAMPLE_RATE, read_audio
+from .audio import SAMPLE_RATE, SoundWarning, read_audio
 from .core import RunDir, UserError, base_path, split_lines
 from .rewards.base import LONGEST
 
@@ -39,7 +40,9 @@ def read_clip(
         raise UserError(f"{path.name} has {info.samplerate} samples a second, at least {LOWEST_RATE} are needed to judge speech")
     if info.frames > LONGEST * info.samplerate:
         raise UserError(f"{path.name} lasts {info.frames / info.samplerate / 60:.1f} minutes, an utterance may last {LONGEST:g} s; cut it first")
-    audio = read_audio(path, resample=True)
+    with warnings.catch_warnings():  # who judges the recording says what is wrong with its sound
+        warnings.simplefilter("ignore", SoundWarning)
+        audio = read_audio(path, resample=True)
     if not audio.isfinite().all():
         raise UserError(f"{path.name} holds samples that are no numbers (nan or inf)")
     if info.channels > 1:

@@ -1,9 +1,11 @@
 """import_torchaudio in fresh processes, and files, rates and players at their edges."""
 import base64
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import soundfile
 import torch
 
 from dlpo_nb.audio import (
-    SAMPLE_RATE, log_mel, log_mel_distance, mp3_bytes, noise_floor_db, player_html, read_audio, resample, rms_db, spectrogram_png, write_audio)
-from dlpo_nb.core import UserError
+    SAMPLE_RATE, SoundWarning, beyond_full_scale, is_silent, log_mel, log_mel_distance, mp3_bytes, noise_floor_db, player_html, read_audio, resample,
+    rms_db, sound_faults, spectrogram_png, write_audio)
+from dlpo_nb.core import UserError, asset
 
 
 def python(code, first_on_path=None):
@@ -141,18 +144,58 @@ def test_player_holds_sound_and_picture():
     assert "image/png" not in player_html(audio, picture=False)
 
 
-def test_what_is_odd_about_a_recording_is_said(tmp_path):
-    from dlpo_nb.audio import is_silent, remarks
+# faults that a score does not show
 
-    t = torch.arange(22050) / 22050
-    speech = torch.sin(2 * torch.pi * 200 * t) * torch.sin(torch.pi * t) / 4
-    click = torch.zeros(22050).index_fill_(0, torch.tensor([9000]), 0.9)
-    assert remarks(speech) == [] and remarks(speech / 30) == [] and not is_silent(speech / 30)
-    for clip, word in [(0 * speech, "silent"), (0 * speech - 0.2, "silent"), (click, "silent"), (speech + 0.05, "DC offset"), (speech / 50 + click, "click"),
-                       (6 * speech, "full scale"), (torch.zeros(0), "empty"), (speech * torch.nan, "nan")]:
-        assert any(word in remark for remark in remarks(clip)), word
-    soundfile.write(tmp_path / "ints.wav", (20000 * speech).numpy(), 22050, subtype="FLOAT")
-    with pytest.raises(UserError, match="whole numbers as floats"):
-        read_audio(tmp_path / "ints.wav")
-    soundfile.write(tmp_path / "hot.wav", (6 * speech).numpy(), 22050, subtype="FLOAT")
-    assert len(read_audio(tmp_path / "hot.wav")) == 22050
+
+def hum(seconds=1.0, level=0.3, rate=SAMPLE_RATE):
+    "A voiced sound (N,) with syllables."
+    t = torch.arange(int(seconds * rate)) / rate
+    return (level * (0.6 + 0.4 * torch.sin(2 * torch.pi * 4 * t)) * torch.sin(2 * torch.pi * 150 * t + 2 * torch.sin(2 * torch.pi * 75 * t))).float()
+
+
+def click(place, value=1.0, n=SAMPLE_RATE):
+    return torch.zeros(n).index_fill(0, torch.tensor(place % n), value)
+
+
+@pytest.mark.parametrize("sound, silent, kinds", [
+    (hum(), False, []), (hum(level=0.005), False, []), (hum(0.2), False, []), (hum(rate=48000), False, []), (hum() + 0.01, False, []),
+    (torch.zeros(SAMPLE_RATE), True, ["silence"]), (torch.zeros(5), True, ["silence"]), (torch.full((SAMPLE_RATE,), -0.5), True, ["silence", "offset"]),
+    (click(9000), True, ["silence", "click"]), (click(-1), True, ["silence", "click"]), (click(0, -0.5), True, ["silence", "click"]),
+    (hum(level=1e-4), True, ["silence"]), (hum() - 0.1, False, ["offset"]), (hum(level=0.003) + 0.01, False, ["offset"]),
+    (0.02 * hum() + click(9000), False, ["click"]), (0.02 * hum() + click(-1, -0.9), False, ["click"]), (0.01 * hum() + click(0), False, ["click"]),
+    (hum(level=2.0), False, ["clipping"]), (torch.full((100,), math.nan), True, []), (torch.zeros(0), True, []),
+])  # fmt: skip
+def test_faults_are_named_and_voices_have_none(sound, silent, kinds):
+    assert list(sound_faults(sound)) == kinds and is_silent(sound) == silent and beyond_full_scale(sound) is None
+
+
+@pytest.mark.parametrize("scale", [128, 32768, 2**23, 2**31])
+def test_integers_kept_as_floats_are_refused_with_file_and_value(tmp_path, scale):
+    path = tmp_path / "mine.wav"
+    soundfile.write(path, (hum(level=0.5) * scale).numpy(), SAMPLE_RATE, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"mine.wav: its samples reach [\d.e+]+, but those of float audio lie in \[-1, 1\]"):
+        read_audio(path)
+
+
+def test_reading_warns_of_faults_with_file_and_value(tmp_path):
+    for name, sound, words in [("a", hum() + 0.1, "a.wav: it has a DC offset of 0.1"), ("b", torch.zeros(9000), "b.wav: it is digital silence"),
+                               ("c", 0.01 * hum() + click(5000), "c.wav: it has a single click of 1 at 0.23 s")]:
+        write_audio(tmp_path / f"{name}.wav", sound)
+        with pytest.warns(SoundWarning, match=words):
+            assert len(read_audio(tmp_path / f"{name}.wav")) == len(sound)
+
+
+def test_a_natural_voice_has_no_faults():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in sorted(asset("speech_train").glob("audio/*.flac"))[:20]:
+            read_audio(path)
+
+
+def test_the_reported_recordings_are_named(shared):
+    folder = shared / "public_reports" / "audio"
+    with pytest.raises(UserError, match="float_in_int16_range.wav: its samples reach 32766"):
+        read_audio(folder / "float_in_int16_range.wav")
+    for name, words in [("click_then_quiet", "single click of 1 at 1.85 s, 46 dB above"), ("digital_silence", "digital silence")]:
+        with pytest.warns(SoundWarning, match=f"{name}.wav: .*{words}"):
+            read_audio(folder / f"{name}.wav")

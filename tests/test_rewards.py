@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -585,3 +586,22 @@ def test_nisqa_gives_the_published_scores(shared, home, table, folder, count):
 def test_the_single_headed_nisqa_is_refused(shared):
     with pytest.raises(UserError, match="nisqa_tts.tar"):
         NISQA(weights=shared / "data/nisqa/nisqa_tts.tar")
+
+
+@pytest.mark.parametrize("scale", [100, 32768])
+def test_integers_kept_as_floats_are_not_scored(scale):
+    reward = Loudest()
+    assert score(reward, voice(0.5), scale * voice(0.5)).tolist()[1] == reward.worst
+    assert [(f.index, "its samples reach" in f.reason) for f in reward.last_failures] == [(1, True)]
+
+
+def test_odd_sound_is_scored_put_down_and_said_once_of_each_kind():
+    reward, silence = Loudest(), torch.zeros(9000)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        score(reward, voice(0.5), silence, voice(0.5) + 0.2, silence)
+        assert [(f.index, f.reason.split(" of ")[0]) for f in reward.last_faults] == [(1, "it is digital silence"), (2, "it has a DC offset"), (3, "it is digital silence")]
+        score(reward, silence)
+        assert len(reward.last_faults) == 1
+        score(reward, voice(0.5))
+    assert not reward.last_faults and ["silence" in str(w.message) or "DC offset of 0.2" in str(w.message) for w in caught] == [True, True]
