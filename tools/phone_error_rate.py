@@ -11,8 +11,8 @@ from pathlib import Path
 
 import jiwer
 
-from dlpo_nb.core import UserError, run_main
-from dlpo_nb.normalisation import dictionary
+from dlpo_nb.core import UserError, run_main, split_lines
+from dlpo_nb.tokens import dictionary
 from dlpo_nb.text import pronunciations, text_to_words
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "frontend" / "phone_error_rate.json"
@@ -30,11 +30,11 @@ def words_of(text):
 
 def read(folder):
     "id -> (text, normalised text of LJSpeech, released phones)."
-    lines = (folder / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    lines = split_lines((folder / "metadata.csv").read_text(encoding="utf-8"))
     texts = {name: both for name, *both in (line.split("|") for line in lines)}
     released = {}
     for name in ("train.txt", "val.txt"):
-        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+        for line in split_lines((folder / name).read_text(encoding="utf-8")):
             utterance, _, phones, _ = line.split("|")
             released[utterance] = phones.strip("{}").split()
     if texts.keys() != released.keys():
@@ -107,7 +107,7 @@ def pauses(text, released):
 
 def main():
     if len(sys.argv) != 2:
-        raise UserError(__doc__.splitlines()[0])
+        raise UserError(__doc__.split("\n")[0])
     total, silence, causes, words = Counter(), Counter(), Counter(), defaultdict(Counter)
     for raw, text, released in read(Path(sys.argv[1])).values():
         if raw != text:

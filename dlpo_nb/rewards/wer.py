@@ -24,7 +24,8 @@ import torch
 
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
-from ..normalisation import MONTHS, apply, normalise
+from ..normalisation import normalise
+from ..quantities import MONTHS
 from .base import REWARDS, Reward, unusable, without_autocast
 
 # %% ../../nbs/24_wer.ipynb #4665af41
@@ -33,6 +34,12 @@ MONTH = f"({'|'.join(MONTHS).lower()})"
 
 def _rules(pairs, flags=0):
     return [(re.compile(pattern, flags), words) for pattern, words in pairs]
+
+
+def _apply(rules, text):
+    for pattern, words in rules:
+        text = pattern.sub(words, text)
+    return text
 
 
 def _ordinal_day(match):
@@ -108,7 +115,7 @@ def _readable(character):
 
 def _read(text):
     "A text in words; of a transcript that no rule reads, its letters and digits."
-    text = apply(AS_WRITTEN, "".join(c if c.isascii() or _readable(c) else " " for c in text))
+    text = _apply(AS_WRITTEN, "".join(c if c.isascii() or _readable(c) else " " for c in text))
     try:
         return normalise(text)
     except UserError:
@@ -117,8 +124,8 @@ def _read(text):
 
 @functools.lru_cache(maxsize=100_000)
 def _normalised(text):
-    text = field_normaliser()(apply(AS_READ, _read(text)))
-    return apply(AS_NORMALISED, " ".join(SPELLINGS.get(word, word) for word in text.split()))
+    text = field_normaliser()(_apply(AS_READ, _read(text)))
+    return _apply(AS_NORMALISED, " ".join(SPELLINGS.get(word, word) for word in text.split()))
 
 
 def spoken_words(text):
