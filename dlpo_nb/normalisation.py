@@ -7,14 +7,14 @@ __all__ = ['TOP_LEVEL', 'EXTENSIONS', 'ADDRESS_SIGNS', 'SPELLED_IN_ADDRESSES', '
            'BEFORE_NUMBERS', 'FIXED', 'RULERS', 'HEADINGS', 'READ_AS_WORDS', 'SPELLED_CAPITALS', 'LETTERED', 'ROMAN',
            'roman', 'tokens', 'clean', 'normalise']
 
-# %% ../nbs/01c_normalisation.ipynb #f1a6724d
+# %% ../nbs/01c_normalisation.ipynb #74232535
 import re
 
 from .core import UserError
 from .quantities import COMPASS, with_range  # the rules of quantities come first where two tokens are equally long
 from .tokens import SIGNS, after, before, closing_stop, cardinal, dictionary, fold, longest_token, number, ordinal, spell_digits, token
 
-# %% ../nbs/01c_normalisation.ipynb #897dcdd2
+# %% ../nbs/01c_normalisation.ipynb #da3d74a7
 TOP_LEVEL = "com|org|net|edu|gov|mil|int|info|io|ai|app|dev|co|uk|de|fr|eu|ca|au|us|tv|me|nl|it|es|jp|cn|ch"
 EXTENSIONS = ("py|txt|md|pdf|csv|tsv|json|html?|xml|exe|jpe?g|png|gif|wav|mp3|mp4|flac|docx?|xlsx?|zip|tar|gz|sh|js|css|cpp|"
               "ipynb|ya?ml|toml|pt")
@@ -38,7 +38,7 @@ def _address_part(part):
     read = re.search("[aeiouy]", low) and len(low) > 1 and (len(low) > 3 or low in dictionary())
     return low if read and low not in SPELLED_IN_ADDRESSES else " ".join(part.upper())
 
-# %% ../nbs/01c_normalisation.ipynb #6774b88b
+# %% ../nbs/01c_normalisation.ipynb #d35e90c2
 @token("address", r"(?:https?|ftp|file)://[^\s<>\"]+", r"www\.[^\s<>\"]+",
        r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+(?:/[^\s<>\"]*)?",
        rf"[A-Za-z][\w-]*(?:\.[\w-]+)*\.(?:{TOP_LEVEL})(?!\.?\w)(?:[/?:][^\s<>\"]*)?",
@@ -65,7 +65,7 @@ def _tag(match):
     parts = re.findall(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|\d+|_", match[0][1:])
     return ("hashtag " if match[0][0] == "#" else "at ") + " ".join(map(_address_part, parts))
 
-# %% ../nbs/01c_normalisation.ipynb #26d96d73
+# %% ../nbs/01c_normalisation.ipynb #2fe4f648
 def _digits(text, zero="oh"):
     "A telephone number: digit by digit, a short pause between groups; letters as a word."
     known = {"800": "eight hundred", "0800": "oh eight hundred"}
@@ -86,7 +86,7 @@ def _telephone(match):
     words = _digits(re.sub(r"[^\d+A-Z ()-]", " ", number_only))
     return words + (f", extension {cardinal(match[1])}" if match[1] else "")
 
-# %% ../nbs/01c_normalisation.ipynb #f0f33c70
+# %% ../nbs/01c_normalisation.ipynb #9e824478
 @token("telephone",
        r"(?i:(call|dial|ring|phone|text|tel|telephone|mobile|fax)((?:\.|:)*(?: (?:me|us|him|her))?(?: (?:at|on))?:?))"
        r" (1-8\d\d-[A-Z\d-]{4,}|[\d(][\d() .-]*\d)" + EXTENSION)
@@ -104,7 +104,7 @@ def _emergency(match):
     counts = after(match, r"\s+(?!is|was|has|calls)[a-z]+s\b|\s*[%°]|[.,/:-]\d")
     return None if counts or before(match, r"(?i:porsche |boeing |room |page )") else spell_digits(match[0])
 
-# %% ../nbs/01c_normalisation.ipynb #040286c6
+# %% ../nbs/01c_normalisation.ipynb #931badb1
 @token("serial",
        r"(?i:(ISBN|SSN|PIN|OTP|zip|zip code|code|card|account|ending)((?: number| no\.| is| in|:)*)) (\d[\d -]*\d)",
        r"()()(\d{4}(?: \d{4}){2,3})", r"()()(\d+(?:-\d+){2,})", r"()()(\d{5}-\d{4})",
@@ -129,7 +129,7 @@ def _version(match):
         return cardinal("".join(parts))
     return ("version " if match[1] else "") + " point ".join(cardinal(p) for p in parts)
 
-# %% ../nbs/01c_normalisation.ipynb #144ffcf3
+# %% ../nbs/01c_normalisation.ipynb #1569bdd8
 ABBREVIATIONS = {
     "mr": "mister", "mrs": "missus", "ms": "miz", "dr": "doctor", "prof": "professor", "gen": "general",
     "col": "colonel",
@@ -162,7 +162,7 @@ FIXED = {r"[Ee]\.\s?g\.,?": "for example", r"[Ii]\.\s?e\.,?": "that is", r"a\.?k
          r"[Nn]/[Aa]": "N A", r"Ph\.?\s?D\.?": "P H D", r"Ph\.?\s?Ds": "P H D's",
          r"([MB])\.?Sc\.?": r"\1 S C", r"o'clock": "o'clock"}
 
-
+# %% ../nbs/01c_normalisation.ipynb #48fbbe37
 @token("abbreviation", rf"(?i:({'|'.join(STREETS)}))(\.?)")
 def _street(match):
     "Behind a name it is a street (Maple Dr., 12 Baker St), in front of one a saint or a doctor."
@@ -183,14 +183,14 @@ def _street(match):
 def _abbreviation(match):
     return ABBREVIATIONS[match[1].lower()] + ("" if match[1].lower() in TITLES else closing_stop(match))
 
-# %% ../nbs/01c_normalisation.ipynb #f30d94b0
+# %% ../nbs/01c_normalisation.ipynb #1639b46c
 @token("abbreviation", *FIXED)
 def _fixed(match):
     words = next(w for pattern, w in FIXED.items() if re.fullmatch(pattern.split("(?=")[0], match[0]))
     words = match.expand(words) if "\\" in words else words
     return words + (closing_stop(match) or "," * match[0].endswith(","))
 
-# %% ../nbs/01c_normalisation.ipynb #5dcdef94
+# %% ../nbs/01c_normalisation.ipynb #5f143e84
 @token("abbreviation", r"([NSEW])\.?(?= (?:[A-Z]\w+ )+(?i:st|ave|rd|dr|blvd|street|avenue|road)\b)")
 def _direction(match):
     return COMPASS[match[1]] if before(match, r"\d\w* ") else None
@@ -206,7 +206,7 @@ def _before_number(match):
         return None
     return BEFORE_NUMBERS[word] + " "
 
-# %% ../nbs/01c_normalisation.ipynb #a569c49e
+# %% ../nbs/01c_normalisation.ipynb #9304da6b
 RULERS = ("Alexander|Catherine|Charles|Edward|Elizabeth|Francis|Frederick|George|Henry|James|John|Louis|"
           "Napoleon|Nicholas|Paul|Peter|Philip|Pius|Richard|William|Leo|Gregory|Benedict|Ivan")
 HEADINGS = ("Acts?|Appendix|Article|Bowl|Book|Canto|Chapter|Class|Figure|Grade|Level|Mark|Pact|Parts?|Phase|Psalm|"
@@ -225,7 +225,7 @@ def roman(word: str) -> int | None:
     pairs = zip(word, word[1:] + " ")
     return match and sum(-values[a] if values[a] < values.get(b, 0) else values[a] for a, b in pairs)
 
-# %% ../nbs/01c_normalisation.ipynb #b731e6b5
+# %% ../nbs/01c_normalisation.ipynb #df5131c0
 @token("roman", rf"({RULERS}) ([IVX]{{2,}}|[IVX](?='s|[,;:)]|\.?\s*$|\s(?:was|is|of|died|ruled|had)\b))")
 def _ruler(match):
     return f"{match[1].lower()} the {ordinal(str(roman(match[2])))}" if roman(match[2]) else None
@@ -253,7 +253,7 @@ def _roman_number(match):
     ranked = match[2] or after(match, r" (?:century|dynasty|legion|olympiad)")
     return ordinal(str(value)) if ranked else number(str(value))
 
-# %% ../nbs/01c_normalisation.ipynb #6d6a3588
+# %% ../nbs/01c_normalisation.ipynb #ff4d4af2
 def _is_read(word):
     "Is a word in capitals read (NASA), not spelled (FBI)? The dictionary has FBI too, as the names of its letters."
     known = dictionary().get(word.lower())
@@ -285,7 +285,7 @@ def _initials(match):
     letters = " ".join(re.findall("[A-Z]", match[0].removesuffix("'s").upper()))
     return letters + ("'s" if match[0].endswith("'s") else closing_stop(match))
 
-# %% ../nbs/01c_normalisation.ipynb #b6c8a7a2
+# %% ../nbs/01c_normalisation.ipynb #166855e0
 @token("mixed", r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z\d]+", rf"([A-Z]+)-(?=\d)", r"\d+\([a-z]\)")
 def _mixed(match):
     "Letters and digits in one: MP3, B2B, iPhone12; four digits and more one by one."
@@ -311,7 +311,7 @@ def _word(match):
                                                                   r"[\s-]+[\"'(]?[A-Za-z\d$£€]") else "a"
     return "i" if word == "I" and not before(match, r"\b[A-Z] ") else word
 
-# %% ../nbs/01c_normalisation.ipynb #579ad89a
+# %% ../nbs/01c_normalisation.ipynb #ea709ae3
 def _settle(text):
     "Emphasis without its asterisks, brackets as spaces, shouting in small letters."
     if markup := re.search(r"</?[A-Za-z][^<>]*>", text):
@@ -323,7 +323,7 @@ def _settle(text):
         return text
     return text.lower() if 2 * sum(map(_is_read, capitals)) > len(capitals) else text
 
-# %% ../nbs/01c_normalisation.ipynb #4b0c6591
+# %% ../nbs/01c_normalisation.ipynb #93863be5
 def tokens(text: str) -> list[tuple]:
     "(kind, written, words) of the longest token at each place; kind is None for spaces and punctuation."
     text, at, read = _settle(fold(text)), 0, []

@@ -8,13 +8,13 @@ __all__ = ['MONTHS', 'SHORT_MONTHS', 'WEEKDAYS', 'MONTH', 'YEAR', 'ERAS', 'HALF'
            'PER', 'COMPASS', 'POWERS', 'longest_first', 'UNIT', 'PER_UNIT', 'COMPARISONS', 'RANGES', 'unit_name', 'per',
            'with_range']
 
-# %% ../nbs/01b_quantities.ipynb #86c71b0e
+# %% ../nbs/01b_quantities.ipynb #5beecb9a
 import re
 
 from .tokens import (AMOUNT, NUMBER, SIGNS, after, before, closing_stop, amount, cardinal, decimal, fraction, longest_token, number,
                             ordinal, plural, spell_digits, token, year)
 
-# %% ../nbs/01b_quantities.ipynb #226f5f71
+# %% ../nbs/01b_quantities.ipynb #0235b232
 MONTHS = "January February March April May June July August September October November December".split()
 SHORT_MONTHS = {m[:3]: m for m in MONTHS if m != "May"} | {"Sept": "September"}
 WEEKDAYS = {"Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday",
@@ -44,7 +44,7 @@ def _date_in_digits(match):
     years = number(y) if len(y) == 4 else "oh " + cardinal(y[1]) if y[0] == "0" else cardinal(y)
     return f"{MONTHS[int(m) - 1].lower()} {ordinal(str(int(d)))} {years}"
 
-# %% ../nbs/01b_quantities.ipynb #d0ffd49f
+# %% ../nbs/01b_quantities.ipynb #8e27d60a
 @token("date", rf"(?i:({MONTH})) (\d{{1,2}})(?![\d,.:]*\d|%){YEAR}", rf"({MONTH})-(\d{{1,2}})(?:-(\d{{4}}))?")
 def _month_day(match):
     "May 5, 1999: the day as it is written, as in LJSpeech."
@@ -66,7 +66,7 @@ def _day_month(match):
     years = f"{',' * (',' in match[0])} {number(years)}" if years else closing_stop(match)
     return f"{article}{ordinal(str(int(day)))} {of}{_month(month)}{years}"
 
-# %% ../nbs/01b_quantities.ipynb #3f3ba592
+# %% ../nbs/01b_quantities.ipynb #c9cb0c0b
 @token("date", rf"({'|'.join(SHORT_MONTHS)})\.", rf"(?<=-)({'|'.join(SHORT_MONTHS)})",
        rf"({'|'.join(SHORT_MONTHS)})(?=\s?-\s?(?:{MONTH})|\s\d)",
        rf"({'|'.join(WEEKDAYS)})\.?")
@@ -98,7 +98,7 @@ def _short_year(match):
         return None
     return "oh " + cardinal(match[1][1]) if match[1][0] == "0" else cardinal(match[1])
 
-# %% ../nbs/01b_quantities.ipynb #cc5fb16c
+# %% ../nbs/01b_quantities.ipynb #344427a1
 @token("decade", r"'?(\d{2}|\d{3}0)'?s", r"(\d+00)s")
 def _decade(match):
     "1990s as nineteen nineties; 100s as hundreds."
@@ -107,7 +107,7 @@ def _decade(match):
     words = number(match[1])
     return words[:-1] + "ies" if words.endswith("y") else words + "es" if words.endswith("x") else words + "s"
 
-# %% ../nbs/01b_quantities.ipynb #a81db949
+# %% ../nbs/01b_quantities.ipynb #5baec64c
 HALF = r"(?:\s?([AaPp])\.?\s?[Mm](?![A-Za-z])\.?)"
 ZONE = r"(?:\s([ECMP][SD]T|GMT|UTC|BST|CET|[Ee]\.[Ss]\.[Tt]\.?))?"
 
@@ -152,7 +152,7 @@ def _duration(match):
 def _ratio(match):
     return " to "
 
-# %% ../nbs/01b_quantities.ipynb #08f19b95
+# %% ../nbs/01b_quantities.ipynb #cff27056
 BOOKS = ("Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Samuel|Kings|Job|Psalms?|"
          "Proverbs|Isaiah|Jeremiah|Ezekiel|Daniel|Matthew|Mark|Luke|John|Acts|Romans|"
          "Corinthians|Galatians|Ephesians|Philippians|Hebrews|James|Peter|Revelation")
@@ -163,7 +163,7 @@ def _verse(match):
     book, chapter, first, last = match.groups()
     return f"{book.lower()} {cardinal(chapter)} {cardinal(first)}" + (f" to {cardinal(last)}" if last else "")
 
-# %% ../nbs/01b_quantities.ipynb #55ecc735
+# %% ../nbs/01b_quantities.ipynb #e8fc8efd
 CURRENCIES = {"$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""),
               "₹": ("rupee", "paisa"), "₩": ("won", ""),
               "₽": ("ruble", "kopek"), "₺": ("lira", "kurus"), "₪": ("shekel", "agora"), "₫": ("dong", ""),
@@ -186,7 +186,7 @@ CURRENCY_SIGN = "[" + "".join(CURRENCIES) + "]"
 # a comma before two digits is Europe's point
 PRICE = rf"(?:\d{{1,3}}(?:\.\d{{3}})+,\d\d(?!\d)|{NUMBER}(?:,\d\d(?!\d))?)"
 
-# %% ../nbs/01b_quantities.ipynb #b7ae90ce
+# %% ../nbs/01b_quantities.ipynb #d7446442
 def _adjective(match):
     "Is the amount an adjective (a $5 bill, a 12-ft pole), which has no plural?"
     return before(match, r"(?<![A-Za-z])[Aa]n?\s") and after(match, r"[\s-][a-z]")
@@ -225,7 +225,7 @@ def _money(match):
 def _sign_behind(match):
     return _price(match[1], match[2] or SCALES.get(match[3]), *CURRENCIES[match[4]])
 
-# %% ../nbs/01b_quantities.ipynb #371ca05d
+# %% ../nbs/01b_quantities.ipynb #f8f8a144
 CODE = rf"({'|'.join(CODES)})"
 
 
@@ -253,7 +253,7 @@ def _shillings(match):
     values = zip(match.groups(), ("pound", "shilling", "penny"))
     return " ".join(f"{cardinal(v)} {plural(v, unit)}" for v, unit in values if v) + closing_stop(match)
 
-# %% ../nbs/01b_quantities.ipynb #7b5db3a3
+# %% ../nbs/01b_quantities.ipynb #337d161e
 SI = {"": "", "n": "nano", "µ": "micro", "m": "milli", "c": "centi", "k": "kilo", "h": "hecto", "M": "mega",
       "G": "giga", "T": "tera"}
 BASES = {"m": ("meter", ["", *"nµmck"]), "g": ("gram", ["", *"nµmk"]), "L": ("liter", ["", *"µmc"]),
@@ -294,7 +294,7 @@ longest_first = lambda symbols: "|".join(sorted(map(re.escape, symbols), key=len
 UNIT = rf"(?:(?:sq|cu)\.?\s(?:ft|in|yd|mi|m|km|cm)|(?:{longest_first(UNITS)})(?:\^?[23])?)"
 PER_UNIT = rf"(?:{longest_first(PER)})(?:\^?[23])?"
 
-# %% ../nbs/01b_quantities.ipynb #82a35ea2
+# %% ../nbs/01b_quantities.ipynb #2be84b59
 def unit_name(symbol: str) -> str:
     "m^2 as square meter, sq. ft as square foot."
     if match := re.fullmatch(r"(sq|cu)\.?\s(\w+)", symbol):
@@ -308,7 +308,7 @@ def per(symbol: str) -> str:
     name, power = re.fullmatch(r"(.*?)\^?([23]?)", symbol).groups()
     return f" per {PER[name]}{ {'2': ' squared', '3': ' cubed'}.get(power, '') }"
 
-# %% ../nbs/01b_quantities.ipynb #f1c054c3
+# %% ../nbs/01b_quantities.ipynb #a605f797
 def _is_unit(match, space, symbol):
     "Letters that are more often something else count as units only where nothing contradicts it."
     bare, end = symbol.rstrip("23^"), after(match, r"\s*(?:[,;:)?!.]|$)")
@@ -335,7 +335,7 @@ def _measure(match):
     words = f"{amount(value)} {scale + ' ' if scale else ''}{plural('1' if one else value, name)}"
     return words + (per(behind) if behind else "") + closing_stop(match)
 
-# %% ../nbs/01b_quantities.ipynb #013991e9
+# %% ../nbs/01b_quantities.ipynb #b72bbd27
 @token("measure", r"(\d+)'\s?(\d{1,2})(?:\"|'')()()", r"(\d+)'()()(?=\s(?:tall|long|wide|high|deep)\b)",
        rf"()()({AMOUNT})\"(?=[\s,.;)]|$)()",
        rf"()()({AMOUNT})('')(?=[\s,.;)]|$)")
@@ -364,7 +364,7 @@ def _angle(match):
             unit in zip(match.groups(), ("degree", "minute", "second")) if v]
     return " ".join(read + [COMPASS[match[4]]] * bool(match[4]))
 
-# %% ../nbs/01b_quantities.ipynb #dffa5537
+# %% ../nbs/01b_quantities.ipynb #32903162
 @token("measure", r"(?<![\d\w-])(k[mg]/h|km/h|m/s|kg|km|cm|mm|mph|kWh|[kMG]Hz|[kMGT]B)")
 def _bare_unit(match):
     "A unit without a number: many, or one behind per."
@@ -381,7 +381,7 @@ def _per(match):
         return None
     return " " + per(match[1]).strip()
 
-# %% ../nbs/01b_quantities.ipynb #2bbd32c3
+# %% ../nbs/01b_quantities.ipynb #c03555e2
 @token("ordinal", r"(\d[\d,]*)(?i:st|nd|rd|th)")
 def _ordinal(match):
     return ordinal(match[1])
@@ -409,7 +409,7 @@ def _fraction(match):
 def _minus(match):
     return "minus " if match[0] == "-" else "about "
 
-# %% ../nbs/01b_quantities.ipynb #7ed5d67f
+# %% ../nbs/01b_quantities.ipynb #6dc7c55a
 @token("quantity", rf"({NUMBER})[eE]([+-]?\d+)", rf"({NUMBER})\s?[x×*]\s?10\^([+-]?\d+)")
 def _scientific(match):
     "1e6 as one times ten to the power of six."
@@ -432,7 +432,7 @@ def _product(match):
     "4x4 as four by four, 2 * 3 as two times three, 3x as three times."
     return f"{number(match[1])} times" if match.lastindex else " times " if "*" in match[0] else " by "
 
-# %% ../nbs/01b_quantities.ipynb #09f14ea4
+# %% ../nbs/01b_quantities.ipynb #2004fd1b
 @token("quantity", rf"({NUMBER})(K|M|B|bn|mn)")
 def _scaled(match):
     "12K fans; but 4K, Apartment 3B."
@@ -469,7 +469,7 @@ def _decimal_comma(match):
     "1,5, as Europe writes it."
     return decimal(f"{match[1]}.{match[2]}")
 
-# %% ../nbs/01b_quantities.ipynb #94ef53ed
+# %% ../nbs/01b_quantities.ipynb #dade95fd
 COMPARISONS = {">=": "greater than or equal to", "=>": "implies", "<=": "less than or equal to",
                "!=": "not equal to", "==": "equals", "->": "to",
                "<-": "from", "&&": "and", "||": "or", "+/-": "plus or minus", "...": None}
@@ -484,7 +484,7 @@ def _comparison(match):
 def _sign(match):
     return f" {SIGNS[match[0]]} "
 
-# %% ../nbs/01b_quantities.ipynb #45192627
+# %% ../nbs/01b_quantities.ipynb #f5f62b32
 RANGES = ("money", "quantity", "measure", "number", "time", "date", "ordinal", "decade")
 
 

@@ -223,7 +223,7 @@ def pronunciations(
         ways.setdefault(tuple(phone.rstrip("012") for phone in phones), phones)
     return list(ways.values())
 
-
+# %% ../nbs/02_text.ipynb #6440f828
 TOKEN = re.compile(r"[A-Za-zéâ]+(?:'[A-Za-z]+)*'?|'[a-z]+|[,.?!;:]|(?<!\w)-+(?!\w)|--+")
 
 

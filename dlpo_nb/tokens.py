@@ -7,7 +7,7 @@ __all__ = ['ACCENTED', 'SIGNS', 'FOLDED', 'NUMBER', 'AMOUNT', 'TOKENS', 'SENTENC
            'cardinal', 'spell_digits', 'ordinal', 'year', 'decimal', 'number', 'fraction', 'amount', 'plural', 'Token',
            'token', 'longest_token', 'closing_stop', 'before', 'after']
 
-# %% ../nbs/01a_tokens.ipynb #30d29819
+# %% ../nbs/01a_tokens.ipynb #e22a562f
 import functools
 import importlib.metadata
 import re
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .core import UserError, split_lines
 
-# %% ../nbs/01a_tokens.ipynb #575abdbd
+# %% ../nbs/01a_tokens.ipynb #50685824
 @functools.lru_cache
 def entries() -> dict:
     "word -> all its pronunciations, each a list of phones (0.2 s at the first call)."
@@ -35,7 +35,7 @@ def dictionary() -> dict:
     "word -> its first pronunciation."
     return {word: found[0] for word, found in entries().items()}
 
-# %% ../nbs/01a_tokens.ipynb #7cf23083
+# %% ../nbs/01a_tokens.ipynb #62ca4c97
 ACCENTED = {"résumé": "R EH1 Z AH0 M EY2", "exposé": "EH2 K S P OW0 Z EY1", "rosé": "R OW0 Z EY1",
             "pâté": "P AA0 T EY1",
             "lamé": "L AA0 M EY1", "maté": "M AA1 T EY2", "saké": "S AA1 K IY0", "piqué": "P IY0 K EY1"}
@@ -80,7 +80,7 @@ def _fold_sign(c):
         return " " + parts.replace("\u2044", "/")
     return "".join(FOLDED.get(p, p) for p in parts if not unicodedata.combining(p))
 
-# %% ../nbs/01a_tokens.ipynb #2c985889
+# %% ../nbs/01a_tokens.ipynb #8f9182bf
 def _fold_runs(text):
     "What only its neighbours tell: dashes and dots between digits, raised numbers, a Greek letter by itself."
     text = text.replace("``", '"').replace("''", '"') if "``" in text else text
@@ -108,7 +108,7 @@ def fold(text: str) -> str:
         raise UserError(f"cannot speak the sign {c!r} ({name}) in {text[:60]!r}: write it in words, or leave it out")
     return folded
 
-# %% ../nbs/01a_tokens.ipynb #b7e78c4b
+# %% ../nbs/01a_tokens.ipynb #162372cf
 @functools.lru_cache
 def _counter():
     import inflect  # 0.3 s, only when a text has digits
@@ -143,7 +143,7 @@ def year(digits: str) -> str:
         return cardinal(str(n // 100)) + " hundred"
     return _counter().number_to_words(n, group=2, zero="oh", andword="").replace(",", "")
 
-# %% ../nbs/01a_tokens.ipynb #b217915d
+# %% ../nbs/01a_tokens.ipynb #e2604c63
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 AMOUNT = rf"(?:{NUMBER} \d+/\d+|\d+/\d+|{NUMBER})"  # 3, 3.5, 3 1/2, 1/2
 
@@ -184,7 +184,7 @@ def plural(count: str, unit: str) -> str:
     first, last = re.fullmatch(r"(.*?)([a-z-]+)", head).groups()
     return first + irregular.get(last, last + "s") + (tail or "")
 
-# %% ../nbs/01a_tokens.ipynb #b23ad1e3
+# %% ../nbs/01a_tokens.ipynb #777667b1
 class Token(NamedTuple):
     kind: str
     pattern: re.Pattern
@@ -214,7 +214,7 @@ def longest_token(text: str, at: int):
             return kind, words, match.end()
     return None
 
-# %% ../nbs/01a_tokens.ipynb #63f8b3d8
+# %% ../nbs/01a_tokens.ipynb #2831d89c
 SENTENCE_STARTS = ("A|An|And|As|At|But|For|He|Her|Here|His|How|I|If|In|Is|It|Its|My|No|Not|Of|On|Or|Our|She|So|That|The|"
                    "Their|Then|There|These|They|This|Those|To|We|What|When|Where|Which|Who|Why|With|Yes|You|Your")
 
