@@ -286,7 +286,7 @@ def _initials(match):
     return letters + ("'s" if match[0].endswith("'s") else closing_stop(match))
 
 # %% ../nbs/01c_normalisation.ipynb #166855e0
-@token("mixed", r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z\d]+", rf"([A-Z]+)-(?=\d)", r"\d+\([a-z]\)")
+@token("mixed", r"(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z\d]+", r"([A-Z]+)-(?=\d)", r"\d+\([a-z]\)")
 def _mixed(match):
     "Letters and digits in one: MP3, B2B, iPhone12; four digits and more one by one."
     words = []

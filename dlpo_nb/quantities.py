@@ -12,7 +12,7 @@ __all__ = ['MONTHS', 'SHORT_MONTHS', 'WEEKDAYS', 'MONTH', 'YEAR', 'ERAS', 'HALF'
 import re
 
 from .tokens import (AMOUNT, NUMBER, SIGNS, after, before, closing_stop, amount, cardinal, decimal, fraction, longest_token, number,
-                            ordinal, plural, spell_digits, token, year)
+                            ordinal, plural, token, year)
 
 # %% ../nbs/01b_quantities.ipynb #0235b232
 MONTHS = "January February March April May June July August September October November December".split()
