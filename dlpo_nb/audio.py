@@ -39,14 +39,18 @@ def import_torchaudio():
     except (ImportError, OSError, RuntimeError) as error:
         loader, reason = _forget_torchaudio(), error
     if loader is None:
-        raise UserError(f"torchaudio cannot be imported ({reason}); install it beside torch: pip install torchaudio") from reason
+        raise UserError(
+            f"torchaudio cannot be imported ({reason}); install it beside torch: pip install torchaudio"
+        ) from reason
     loader._load_lib = lambda lib: False
     sys.modules[loader.__name__] = loader
     try:
         module = importlib.import_module("torchaudio")
     except (ImportError, OSError, RuntimeError) as error:
         _forget_torchaudio()
-        raise UserError(f"torchaudio does not work here ({error}); install the one that fits torch {torch.__version__}") from error
+        raise UserError(
+            f"torchaudio does not work here ({error}); install the one that fits torch {torch.__version__}"
+        ) from error
     module._extension.utils = loader
     return module
 
@@ -63,7 +67,7 @@ def rms_db(audio):
 def noise_floor_db(audio, sample_rate=SAMPLE_RATE):
     "5th percentile of the levels of 20 ms frames, dB of full scale: what is left where the voice pauses."
     size = min(len(audio), int(0.02 * sample_rate))
-    frames = audio[:len(audio) // size * size].double().reshape(-1, size)
+    frames = audio[: len(audio) // size * size].double().reshape(-1, size)
     return torch.quantile(_decibels(frames.square().mean(dim=1)), 0.05).item()
 
 # %% ../nbs/01_audio.ipynb #ed74a810
@@ -93,7 +97,11 @@ def is_silent(audio, sample_rate=SAMPLE_RATE):
 def beyond_full_scale(audio):
     "Why `audio` (N,) cannot be sound in [-1, 1], or None."
     largest = audio.abs().max().item() if len(audio) else 0.0
-    return f"its samples reach {largest:.6g}, but those of float audio lie in [-1, 1]" if FAR_OUT < largest < np.inf else None
+    return (
+        f"its samples reach {largest:.6g}, but those of float audio lie in [-1, 1]"
+        if FAR_OUT < largest < np.inf
+        else None
+    )
 
 # %% ../nbs/01_audio.ipynb #46860df0
 def _click(audio, sample_rate, levels):
@@ -101,12 +109,16 @@ def _click(audio, sample_rate, levels):
     size = int(FRAME * sample_rate)
     peak, place = (audio - audio.median()).abs().max(0)
     around = slice(max(0, place // size - 2), place // size + 3)
-    rest = torch.cat([levels[:around.start], levels[around.stop:]])
+    rest = torch.cat([levels[: around.start], levels[around.stop :]])
     if not len(rest):
         return None
     above = _decibels(peak.double().square()) - torch.stack([rest.max(), levels[around].max()])
     # 30 dB above all the rest, and nearly alone in its own frame: 12 dB is what voices reach
-    return (place.item() / sample_rate, peak.item(), above[0].item()) if above[0] > 30 and above[1] > 18 else None
+    return (
+        (place.item() / sample_rate, peak.item(), above[0].item())
+        if above[0] > 30 and above[1] > 18
+        else None
+    )
 
 
 def sound_faults(audio, sample_rate=SAMPLE_RATE) -> dict:
@@ -116,13 +128,21 @@ def sound_faults(audio, sample_rate=SAMPLE_RATE) -> dict:
     levels, faults, mean = frame_levels(audio, sample_rate), {}, audio.double().mean().item()
     moving = (audio.double() - mean).square().mean().sqrt().item()
     if is_silent(audio, sample_rate):
-        faults["silence"] = "it is digital silence" if not audio.any() else f"it is silent: its loudest 20 ms have {levels.max():.0f} dBFS, {SILENCE:.0f} for 0.1 s are needed"
+        faults["silence"] = (
+            "it is digital silence"
+            if not audio.any()
+            else f"it is silent: its loudest 20 ms have {levels.max():.0f} dBFS, {SILENCE:.0f} for 0.1 s are needed"
+        )
     if abs(mean) > 0.02 or abs(mean) > max(0.002, moving):
         faults["offset"] = f"it has a DC offset of {mean:.3g} (the mean of its samples)"
     if audio.abs().max() > 1.05:
-        faults["clipping"] = f"its samples reach {audio.abs().max():.3g}; what is beyond full scale, 1, is cut off"
+        faults["clipping"] = (
+            f"its samples reach {audio.abs().max():.3g}; what is beyond full scale, 1, is cut off"
+        )
     if click := _click(audio, sample_rate, levels):
-        faults["click"] = "it has a single click of {1:.2g} at {0:.2f} s, {2:.0f} dB above the rest".format(*click)
+        faults["click"] = "it has a single click of {1:.2g} at {0:.2f} s, {2:.0f} dB above the rest".format(
+            *click
+        )
     return faults
 
 # %% ../nbs/01_audio.ipynb #649c5259
@@ -150,7 +170,9 @@ def read_audio(
         with open(path, "rb") as file:
             audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"cannot read audio from {path}: {error}; give a WAV, FLAC, OGG or MP3 file") from error
+        raise UserError(
+            f"cannot read audio from {path}: {error}; give a WAV, FLAC, OGG or MP3 file"
+        ) from error
     if len(audio) == 0:
         raise UserError(f"{path} holds no audio; remove it or record it again")
     mono = torch.from_numpy(audio.mean(axis=1))
@@ -168,22 +190,29 @@ def read_audio(
 def write_audio(path, audio, sample_rate=SAMPLE_RATE):
     "Writes mono `audio` (N,) in [-1, 1], clipped there, in the format the suffix names (.wav and .flac: 16 bit)."
     if not torch.isfinite(audio).all():
-        raise UserError(f"audio for {path} holds nan or inf: the model that made it has diverged; use an earlier checkpoint")
+        raise UserError(
+            f"audio for {path} holds nan or inf: the model that made it has diverged; use an earlier checkpoint"
+        )
     samples = audio.detach().float().cpu().clamp(-1, 1).numpy()
     if Path(path).suffix in (".wav", ".flac"):
-        samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16) # libsndfile would round down
+        samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)  # libsndfile would round down
     try:
         soundfile.write(path, samples, sample_rate)
     except (OSError, ValueError, TypeError, soundfile.SoundFileError) as error:
-        raise UserError(f"cannot write audio to {path}: {error}; use a folder that exists and .wav, .flac or .mp3") from error
+        raise UserError(
+            f"cannot write audio to {path}: {error}; use a folder that exists and .wav, .flac or .mp3"
+        ) from error
 
 # %% ../nbs/01_audio.ipynb #2e8af0ba
 @lru_cache(maxsize=None)
 def _mel_transform(sample_rate, n_mels, device):
     import_torchaudio()
     from torchaudio.transforms import MelSpectrogram
+
     top = min(8000.0, sample_rate / 2)
-    return MelSpectrogram(sample_rate, n_fft=1024, hop_length=300, f_max=top, n_mels=n_mels, power=1.0).to(device)
+    return MelSpectrogram(sample_rate, n_fft=1024, hop_length=300, f_max=top, n_mels=n_mels, power=1.0).to(
+        device
+    )
 
 
 def log_mel(audio, sample_rate=SAMPLE_RATE, n_mels=80):
@@ -207,7 +236,9 @@ def mp3_bytes(audio, sample_rate=SAMPLE_RATE):
     try:
         soundfile.write(file, samples, sample_rate, format="MP3", compression_level=0.9)
     except (TypeError, soundfile.SoundFileError) as error:
-        raise UserError(f"no MP3 at {sample_rate} samples a second ({error}); resample to {SAMPLE_RATE} first") from error
+        raise UserError(
+            f"no MP3 at {sample_rate} samples a second ({error}); resample to {SAMPLE_RATE} first"
+        ) from error
     return file.getvalue()
 
 
@@ -215,6 +246,7 @@ def spectrogram_png(audio, sample_rate=SAMPLE_RATE):
     "Log-mel spectrogram of `audio` (N,) as the bytes of a PNG picture, 2 x 2 pixels for a band of a frame."
     from matplotlib import colormaps
     from matplotlib.image import imsave
+
     mel = log_mel(audio.detach().cpu(), sample_rate)[0].flip(0)
     # 80 dB below the loudest band is black
     shade = ((mel - mel.max()) / 4 + 1).clamp(0, 1).numpy()
@@ -236,12 +268,17 @@ def player_html(
 ):
     "A player with everything inside it: title, MP3 and spectrogram, for any web page."
     sound = f'<audio controls preload="metadata" src="{_data_uri("audio/mpeg", mp3_bytes(audio, sample_rate))}"></audio>'
-    image = f'<br><img alt="spectrogram" src="{_data_uri("image/png", spectrogram_png(audio, sample_rate))}">' if picture else ""
+    image = (
+        f'<br><img alt="spectrogram" src="{_data_uri("image/png", spectrogram_png(audio, sample_rate))}">'
+        if picture
+        else ""
+    )
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{sound}{image}</figure>"
 
 
 def play(audio, title="", sample_rate=SAMPLE_RATE):
     "Shows a player in a notebook, and its spectrogram as a picture of its own, which shows without trust."
     from IPython.display import HTML, Image, display
+
     display(HTML(player_html(audio, title, sample_rate, picture=False)))
     display(Image(spectrogram_png(audio, sample_rate)))

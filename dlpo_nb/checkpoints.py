@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from .core import UserError, atomic_write
-from .distributed import gather_rows, share
+from .distributed import gather_rows, shard
 from .finetune import load_state, save_state
 from .lora import merged
 from .mdp import rollout
@@ -49,19 +49,26 @@ def load_last(tuner, folder) -> Path | None:
 def heldout_reward(tuner, texts: list) -> dict:
     "Mean reward of texts that are not trained on, from the same noise each time, and that of its parts: {reward/heldout, reward/heldout/NAME}."
     c, rows = tuner.config, []
-    mine = share(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
+    mine = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
     with ScoringQueue(tuner.reward) as queue:
         for pairs in (mine[i : i + c.micro_batch] for i in range(0, len(mine), c.micro_batch)):
             places, said = map(list, zip(*pairs))
-            t = rollout(tuner.model, tuner.schedule, said, tuner.model.encode(said), [1], (c.seed, "heldout"), places)
+            t = rollout(
+                tuner.model, tuner.schedule, said, tuner.model.encode(said), [1], (c.seed, "heldout"), places
+            )
             queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, said)
             rows += places
         parts, failed = queue.collect_parts()
     parts, failed = gather_rows(rows, parts), gather_rows(rows, failed)
-    kept = queue.reward.state_dict() # what is only watched must not enter the statistics of the training rewards
+    kept = (
+        queue.reward.state_dict()
+    )  # what is only watched must not enter the statistics of the training rewards
     rewards = queue.reward.combine(parts, failed)
     queue.reward.load_state_dict(kept)
-    means = {name.replace("reward/", "reward/heldout/"): mean for name, mean in queue.reward.pop_components().items()}
+    means = {
+        name.replace("reward/", "reward/heldout/"): mean
+        for name, mean in queue.reward.pop_components().items()
+    }
     return {"reward/heldout": float(rewards.mean()), **means}
 
 # %% ../nbs/40b_checkpoints.ipynb #8e0e3db7
@@ -78,10 +85,14 @@ def keep_best(tuner, folder, score: float, metadata: dict):
     "Keep the weights if their held-out score is among the best three so far; best.json says which they are."
     folder, episode = Path(folder), tuner.next_episode
     entry = {"episode": episode, "score": score, "file": f"best-{episode:06d}.safetensors"}
-    before = [row for row in read_ranking(folder) if row["episode"] < episode] # a resumed run may come this way again
+    before = [
+        row for row in read_ranking(folder) if row["episode"] < episode
+    ]  # a resumed run may come this way again
     ranking = sorted([*before, entry], key=lambda row: (-row["score"], row["episode"]))[:KEEP_BEST]
     if entry in ranking:
-        merged(tuner.model).save(folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score})
+        merged(tuner.model).save(
+            folder / entry["file"], metadata | {"episode": episode, "reward/heldout": score}
+        )
     with atomic_write(folder / "best.json") as path:
         path.write_text(json.dumps(ranking, indent=2) + "\n", encoding="utf-8")
     for old in set(folder.glob("best-*.safetensors")) - {folder / row["file"] for row in ranking}:

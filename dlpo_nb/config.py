@@ -25,31 +25,46 @@ from .objectives.dlpo import DLPO
 @dataclass
 class FinetuneSettings:
     "The settings of the loop."
-    objective: tyro.conf.Suppress[Any] = field(default_factory=DLPO) # the method, with its options
-    reward: str = "dnsmos" # reward or weighted sum of rewards, such as "dnsmos" or "0.8*dnsmos"
-    normalise: Literal["none", "z"] = "none" # parts of a weighted sum of rewards as they are (none), or in standard deviations of their first 64 utterances (z)
-    control: Literal["none", "shuffle-advantages"] = "none" # the negative control: rewards assigned to the wrong utterances
-    episodes: int = 20 # updates, each on a fresh batch of rollouts
-    batch_size: int = 32 # rollouts per episode (texts x group size)
-    group_size: int = 8 # rollouts per text
-    micro_batch: int = 8 # rollouts held in memory at once, whole groups; those of equal length (a group) are one call of the network; the result is the same
-    fork: int = 3 # rollouts of a text share the chain above this step; 0: each runs its own chain
-    rollout_steps: int = 10 # K, denoising steps of a rollout
-    spacing: Literal["geometric", "trailing"] = "geometric" # how the K steps are chosen
-    train_steps: str = "last:3" # actions that are trained: all, last:N or random:N
-    reduction: Literal["mean", "sum"] = "mean" # of log-probabilities and KL over the numbers of a state
-    inner_epochs: int = 1 # updates on each batch of rollouts
-    denoising_steps: int = 1 # noise levels at which the denoising loss is taken in an update
-    denoising_levels: Literal["random", "grid"] = "random" # those levels: drawn anew for each utterance, or evenly spaced from 999 to 9
-    denoising_frames: int = 24 # length of the random window of each utterance on which it is taken; 0: all of it
-    duration_weight: float = 0.0 # weight of the duration loss beside the denoising loss on recordings, with --trainable all
-    learning_rate: float = 1e-4 # AdamW, no weight decay
-    max_grad_norm: float = 1.0 # gradient clipping by norm
-    trainable: Literal["decoder", "all"] = "decoder" # what is tuned: the decoder (what the policy says is tuned by default), or all weights
-    lora_rank: int = 0 # train a change of this rank on the decoder's layers, the reference is the model without it; 0: train the weights themselves
-    lora_alpha: float = 8.0 # scale of that change, divided by the rank
-    precision: Literal["float32", "bfloat16"] = "float32" # of the network in rollouts and updates, bfloat16 by autocast; log-probabilities are float64 either way
-    seed: int = 0 # of texts, noise and shuffling
+
+    objective: tyro.conf.Suppress[Any] = field(default_factory=DLPO)  # the method, with its options
+    reward: str = "dnsmos"  # reward or weighted sum of rewards, such as "dnsmos" or "0.8*dnsmos"
+    normalise: Literal["none", "z"] = (
+        "none"  # parts of a weighted sum of rewards as they are (none), or in standard deviations of their first 64 utterances (z)
+    )
+    control: Literal["none", "shuffle-advantages"] = (
+        "none"  # the negative control: rewards assigned to the wrong utterances
+    )
+    episodes: int = 20  # updates, each on a fresh batch of rollouts
+    batch_size: int = 32  # rollouts per episode (texts x group size)
+    group_size: int = 8  # rollouts per text
+    micro_batch: int = 8  # rollouts held in memory at once, whole groups; those of equal length (a group) are one call of the network; the result is the same
+    fork: int = 3  # rollouts of a text share the chain above this step; 0: each runs its own chain
+    rollout_steps: int = 10  # K, denoising steps of a rollout
+    spacing: Literal["geometric", "trailing"] = "geometric"  # how the K steps are chosen
+    train_steps: str = "last:3"  # actions that are trained: all, last:N or random:N
+    reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities and KL over the numbers of a state
+    inner_epochs: int = 1  # updates on each batch of rollouts
+    denoising_steps: int = 1  # noise levels at which the denoising loss is taken in an update
+    denoising_levels: Literal["random", "grid"] = (
+        "random"  # those levels: drawn anew for each utterance, or evenly spaced from 999 to 9
+    )
+    denoising_frames: int = (
+        24  # length of the random window of each utterance on which it is taken; 0: all of it
+    )
+    duration_weight: float = (
+        0.0  # weight of the duration loss beside the denoising loss on recordings, with --trainable all
+    )
+    learning_rate: float = 1e-4  # AdamW, no weight decay
+    max_grad_norm: float = 1.0  # gradient clipping by norm
+    trainable: Literal["decoder", "all"] = (
+        "decoder"  # what is tuned: the decoder (what the policy says is tuned by default), or all weights
+    )
+    lora_rank: int = 0  # train a change of this rank on the decoder's layers, the reference is the model without it; 0: train the weights themselves
+    lora_alpha: float = 8.0  # scale of that change, divided by the rank
+    precision: Literal["float32", "bfloat16"] = (
+        "float32"  # of the network in rollouts and updates, bfloat16 by autocast; log-probabilities are float64 either way
+    )
+    seed: int = 0  # of texts, noise and shuffling
 
     @property
     def method(self) -> str:
@@ -57,22 +72,33 @@ class FinetuneSettings:
         return next(name for name, kind in OBJECTIVES.entries.items() if kind is type(self.objective))
 
 # %% ../nbs/39a_config.ipynb #8366509e
-OLD_NAMES = {"dl_source": "denoising_source", "guidance_steps": "denoising_steps", "guidance_levels": "denoising_levels",
-             "guidance_frames": "denoising_frames"}
+OLD_NAMES = {
+    "dl_source": "denoising_source",
+    "guidance_steps": "denoising_steps",
+    "guidance_levels": "denoising_levels",
+    "guidance_frames": "denoising_frames",
+}
 OLD_VALUES = {("penalty_parts", "score"): "reward"}
 
 
 def renamed(flat: dict) -> dict:
     "Flat settings under today's names; a denoising source of `auto`, once a value, is the method's own."
     named = {OLD_NAMES.get(name, name): value for name, value in flat.items()}
-    return {name: OLD_VALUES.get((name, value), value) for name, value in named.items()
-            if (name, value) != ("denoising_source", "auto")}
+    return {
+        name: OLD_VALUES.get((name, value), value)
+        for name, value in named.items()
+        if (name, value) != ("denoising_source", "auto")
+    }
 
 
 def applicable(kind, flat: dict) -> dict:
     "Those of the flat settings that the settings' class `kind`, or the method that they name, has."
     flat = renamed(flat)
-    known = {f.name for f in fields(kind)} | {"method"} | set(options_of(OBJECTIVES.get(flat.get("method", "dlpo"))))
+    known = (
+        {f.name for f in fields(kind)}
+        | {"method"}
+        | set(options_of(OBJECTIVES.get(flat.get("method", "dlpo"))))
+    )
     return {name: value for name, value in flat.items() if name in known}
 
 
@@ -86,7 +112,9 @@ def check_options(method: str, options: dict):
         flag = f"--{name.replace('_', '-')}"
         if not owners:
             raise UserError(f"{flag} is neither a setting nor an option of a method.")
-        raise UserError(f"{flag} is an option of {', '.join(owners)}, and does nothing in {method}; leave it out.")
+        raise UserError(
+            f"{flag} is an option of {', '.join(owners)}, and does nothing in {method}; leave it out."
+        )
 
 # %% ../nbs/39a_config.ipynb #ca3b5a94
 @dataclass
@@ -143,30 +171,44 @@ def check_batch(c):
 def check_steps(c):
     "Raises UserError if the steps of the chain do not fit, or a trained step could lie above the fork."
     if c.rollout_steps < 2:
-        raise UserError(f"--rollout-steps is {c.rollout_steps}; it must be at least 2, since the last step of a chain is no action.")
+        raise UserError(
+            f"--rollout-steps is {c.rollout_steps}; it must be at least 2, since the last step of a chain is no action."
+        )
     if not 0 <= c.fork < c.rollout_steps:
-        raise UserError(f"--fork {c.fork} must lie between 0 and {c.rollout_steps - 1}, the noisiest action of the chain.")
+        raise UserError(
+            f"--fork {c.fork} must lie between 0 and {c.rollout_steps - 1}, the noisiest action of the chain."
+        )
     steps = draw_steps(c.train_steps, c.rollout_steps, keyed_generator(c.seed, "check"))
     highest = c.rollout_steps - 1 if c.train_steps.startswith("random") else steps[0]
     if c.fork and highest > c.fork:
-        raise UserError(f"--train-steps {c.train_steps} reaches step {highest}, above --fork {c.fork}, where all rollouts of a text "
-                        f"act alike; raise --fork to {highest} or set it to 0.")
+        raise UserError(
+            f"--train-steps {c.train_steps} reaches step {highest}, above --fork {c.fork}, where all rollouts of a text "
+            f"act alike; raise --fork to {highest} or set it to 0."
+        )
 
 
 def check_denoising(c):
     "Raises UserError if the denoising loss cannot be taken as it is asked for."
     if c.denoising_levels == "grid" and c.denoising_steps < 2:
-        raise UserError("--denoising-levels grid needs --denoising-steps of at least 2 (the released code uses 11).")
+        raise UserError(
+            "--denoising-levels grid needs --denoising-steps of at least 2 (the released code uses 11)."
+        )
     recorded = "denoising" in c.objective.needs and c.objective.denoising_source == "data"
     if c.duration_weight and not (recorded and c.trainable == "all"):
-        raise UserError("--duration-weight needs recorded durations and a trained predictor: a method with --denoising-source data, "
-                        "and --trainable all.")
+        raise UserError(
+            "--duration-weight needs recorded durations and a trained predictor: a method with --denoising-source data, "
+            "and --trainable all."
+        )
 
 # %% ../nbs/39a_config.ipynb #3620015c
-def owners() -> dict: # {option: (method, ...)}
+def owners() -> dict:  # {option: (method, ...)}
     "The methods that have an option, for every option there is."
     named = {name: options_of(kind) for name, kind in OBJECTIVES.entries.items()}
-    return {option: tuple(m for m in sorted(named) if option in named[m]) for options in named.values() for option in options}
+    return {
+        option: tuple(m for m in sorted(named) if option in named[m])
+        for options in named.values()
+        for option in options
+    }
 
 
 def comment_of(kind, name: str) -> str:
@@ -174,14 +216,14 @@ def comment_of(kind, name: str) -> str:
     for cls in kind.__mro__:
         try:
             lines = inspect.getsource(cls)
-        except (OSError, TypeError): # defined where there is no file, or built in
+        except (OSError, TypeError):  # defined where there is no file, or built in
             continue
         if found := re.search(rf"^ +{name}\s*:[^\n]*?#\s*(.+)$", lines, re.MULTILINE):
             return found[1]
     return ""
 
 
-def option_fields(objective) -> dict: # {(method, ...): dataclass}
+def option_fields(objective) -> dict:  # {(method, ...): dataclass}
     "Options of all methods as dataclasses for tyro, those that are of the same methods together; defaults of `objective` where it has them."
     groups = {}
     for name, methods in owners().items():
@@ -190,7 +232,11 @@ def option_fields(objective) -> dict: # {(method, ...): dataclass}
         (f,) = [f for f in fields(kind) if f.name == name]
         default = getattr(objective, name) if kind is type(objective) else f.default
         each = {m: next(f.default for f in fields(k) if f.name == name) for m, k in kinds.items()}
-        more = "; default: " + ", ".join(f"{m} {value}" for m, value in each.items()) if len(set(each.values())) > 1 else ""
+        more = (
+            "; default: " + ", ".join(f"{m} {value}" for m, value in each.items())
+            if len(set(each.values())) > 1
+            else ""
+        )
         spec = Annotated[f.type, tyro.conf.arg(help=comment_of(kind, name) + more)]
         groups.setdefault(methods, []).append((name, spec, field(default=default)))
     classes = {methods: make_dataclass("_".join(methods), specs) for methods, specs in groups.items()}
@@ -218,17 +264,36 @@ def todays_flags(argv: list) -> list:
 def from_flags(kind, argv: list, defaults: dict, prog: str, description: str):
     "Settings of the class `kind` from flags, on top of flat defaults, of which those are taken that the method has."
     argv = todays_flags(argv)
-    named = [flag.partition("=")[2] or value for flag, value in zip(argv, [*argv[1:], ""]) if flag.partition("=")[0] == "--method"]
+    named = [
+        flag.partition("=")[2] or value
+        for flag, value in zip(argv, [*argv[1:], ""])
+        if flag.partition("=")[0] == "--method"
+    ]
     method = named[-1] if named else defaults.get("method", "dlpo")
     start = kind.of(**applicable(kind, defaults | {"method": method}))
     groups = option_fields(start.objective)
     known = Annotated[Literal[tuple(OBJECTIVES.names())], tyro.conf.arg(help="the objective")]
-    line = make_dataclass("CommandLine", [
-        ("method", known, field(default=method)), ("run", kind, field(default_factory=lambda: start)),
-        *(("_".join(methods), cls, field(default_factory=cls)) for methods, cls in groups.items())])
-    parsed = tyro.cli(line, prog=prog, description=description, args=argv, config=(tyro.conf.OmitArgPrefixes,))
-    given = {flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in argv if flag.startswith("--")}
-    options = {name: value for methods in groups for name, value in vars(getattr(parsed, "_".join(methods))).items()
-               if name in given or method in methods}
+    line = make_dataclass(
+        "CommandLine",
+        [
+            ("method", known, field(default=method)),
+            ("run", kind, field(default_factory=lambda: start)),
+            *(("_".join(methods), cls, field(default_factory=cls)) for methods, cls in groups.items()),
+        ],
+    )
+    parsed = tyro.cli(
+        line, prog=prog, description=description, args=argv, config=(tyro.conf.OmitArgPrefixes,)
+    )
+    given = {
+        flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        for flag in argv
+        if flag.startswith("--")
+    }
+    options = {
+        name: value
+        for methods in groups
+        for name, value in vars(getattr(parsed, "_".join(methods))).items()
+        if name in given or method in methods
+    }
     settings = {f.name: getattr(parsed.run, f.name) for f in fields(kind) if f.name != "objective"}
     return kind.of(method, **settings, **options)

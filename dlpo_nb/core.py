@@ -66,6 +66,7 @@ class Registry:
 
     def register(self, name):
         "Decorator that files a class or function under `name`; ValueError where another has that name."
+
         def add(entry):
             known = self.entries.get(name, entry)
             # running a notebook's cell again defines the same thing again
@@ -73,6 +74,7 @@ class Registry:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self.entries[name] = entry
             return entry
+
         return add
 
     def get(self, name):
@@ -116,7 +118,9 @@ def pick_device(name="auto"):
         raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0") from None
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"device {name!r} is not there: torch sees {count} GPUs; use --device cpu or a lower number")
+        raise UserError(
+            f"device {name!r} is not there: torch sees {count} GPUs; use --device cpu or a lower number"
+        )
     return device
 
 
@@ -127,7 +131,9 @@ def asset(name):
     "Path of the packaged file `name`; UserError where the package has no such file."
     path = PACKAGE / "assets" / name
     if not path.exists():
-        raise UserError(f"the package has no file assets/{name}; install dlpo_nb again, or give a path of your own")
+        raise UserError(
+            f"the package has no file assets/{name}; install dlpo_nb again, or give a path of your own"
+        )
     return path
 
 
@@ -140,10 +146,17 @@ def base_path(name) -> Path:
 def checkout(path) -> Path:
     "`path`, e.g. results/bench, in the source tree around the working directory, or else in the one dlpo_nb was imported from."
     places = [Path.cwd(), *Path.cwd().parents]
-    return next((tree for tree in places if (tree / "nbs" / "00_core.ipynb").is_file()), PACKAGE.parent) / path
+    return (
+        next((tree for tree in places if (tree / "nbs" / "00_core.ipynb").is_file()), PACKAGE.parent) / path
+    )
 
 # %% ../nbs/00_core.ipynb #a3ece184
-CACHES = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+CACHES = {
+    "NUMBA_CACHE_DIR": "numba",
+    "MPLCONFIGDIR": "matplotlib",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+}
 
 
 def _scratch():
@@ -188,7 +201,9 @@ provide_home()
 def _git(*args):
     "Output of a git command in the source tree, None where there is none."
     try:
-        run = subprocess.run(["git", "-C", str(PACKAGE.parent), *args], capture_output=True, text=True, timeout=10)
+        run = subprocess.run(
+            ["git", "-C", str(PACKAGE.parent), *args], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
@@ -205,10 +220,19 @@ def environment():
     except importlib.metadata.PackageNotFoundError:
         version = None
     return dict(
-        dlpo_nb=version, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-        system=platform.system(), machine=platform.machine(), cpu_count=os.cpu_count(), threads=torch.get_num_threads(),
-        cuda=torch.version.cuda, gpus=gpus, git_commit=_git("rev-parse", "HEAD") if ours else None,
-        git_changed=bool(_git("status", "--porcelain")) if ours else None)
+        dlpo_nb=version,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        system=platform.system(),
+        machine=platform.machine(),
+        cpu_count=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        cuda=torch.version.cuda,
+        gpus=gpus,
+        git_commit=_git("rev-parse", "HEAD") if ours else None,
+        git_changed=bool(_git("status", "--porcelain")) if ours else None,
+    )
 
 # %% ../nbs/00_core.ipynb #8e0eabb7
 @contextmanager
@@ -220,14 +244,16 @@ def atomic_write(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_tensors(value, path):
     "What torch.save writes, whole or not at all; `torch.load(weights_only=True)` reads it where `value` holds tensors and plain data."
-    content = io.BytesIO() # torch's own writer says of a full disk only that something was unexpected
+    content = io.BytesIO()  # torch's own writer says of a full disk only that something was unexpected
     torch.save(value, content)
     with atomic_write(path) as temporary:
         temporary.write_bytes(content.getbuffer())
@@ -273,7 +299,9 @@ def append_jsonl(path, row):
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(plain(row)).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another folder"
+        ) from error
 
 # %% ../nbs/00_core.ipynb #8c824ad3
 class RunDir:
@@ -299,7 +327,9 @@ class RunDir:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; choose another --out") from error
+            raise UserError(
+                f"cannot write the run folder {self.path}: {error.strerror}; choose another --out"
+            ) from error
 
     def write_json(self, name, obj):
         "Writes `obj` to the file `name`, e.g. config.json, whole or not at all."
@@ -311,10 +341,15 @@ class RunDir:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {self.path / name}: {error}; is this the folder of a run?") from error
+            raise UserError(
+                f"cannot read {self.path / name}: {error}; is this the folder of a run?"
+            ) from error
 
-    def append_metrics(self, row): append_jsonl(self.path / "metrics.jsonl", row)
-    def metrics(self): return read_jsonl(self.path / "metrics.jsonl")
+    def append_metrics(self, row):
+        append_jsonl(self.path / "metrics.jsonl", row)
+
+    def metrics(self):
+        return read_jsonl(self.path / "metrics.jsonl")
 
     def trim_metrics(self, end, key="episode"):
         "Keep the rows before `end`; a run that was stopped between a row and its state goes on from the state."
@@ -343,13 +378,17 @@ def lock_folder(
     try:
         file = open(name / ".lock", "a+")
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {error.strerror}; choose another --out") from error
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror}; choose another --out"
+        ) from error
     while not _take(file):
         if time.monotonic() >= deadline:
             file.seek(0)
             process = file.read().strip() or "unknown"
             file.close()
-            raise UserError(f"another process ({process}) is working on {folder}; wait until it has ended, or choose another --out")
+            raise UserError(
+                f"another process ({process}) is working on {folder}; wait until it has ended, or choose another --out"
+            )
         time.sleep(0.2)
     file.truncate(0)
     print(os.getpid(), file=file, flush=True)
@@ -359,11 +398,16 @@ def lock_folder(
 def _take(file):
     "Whether the lock of an open file is this process's now."
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not lockf, whose lock is lost as soon as anybody here reads the file
+        fcntl.flock(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not lockf, whose lock is lost as soon as anybody here reads the file
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"{file.name} cannot be locked here ({error.strerror}); see to it that one process only works on a run", file=sys.stderr)
+        print(
+            f"{file.name} cannot be locked here ({error.strerror}); see to it that one process only works on a run",
+            file=sys.stderr,
+        )
     return True
 
 
@@ -373,9 +417,10 @@ def unlock_folders():
         LOCKS.popitem()[1].close()
 
 
-if hasattr(os, "register_at_fork"):  # a forked child, as a reader of a corpus, has no part in the lock: it may outlive a killed parent
+if hasattr(
+    os, "register_at_fork"
+):  # a forked child, as a reader of a corpus, has no part in the lock: it may outlive a killed parent
     os.register_at_fork(after_in_child=unlock_folders)
-
 
 # %% ../nbs/00_core.ipynb #b18a9e38
 def in_force(
@@ -395,12 +440,16 @@ def record_changes(
     **place,  # where the run is: episode=3, or step=500
 ) -> dict:
     "What config.json is to hold: the record, and in its `changes` each setting that now has another value, with the place from which it holds."
-    (key, at), = place.items()
-    earlier = [change for change in record.get("changes", []) if change[key] < at]  # others were never trained with
+    ((key, at),) = place.items()
+    earlier = [
+        change for change in record.get("changes", []) if change[key] < at
+    ]  # others were never trained with
     before = in_force(record | {"changes": earlier})
     change = {name: value for name in names if (value := plain(now[name])) != before.get(name)}
     changes = earlier + ([place | change] if change else [])
-    return {name: value for name, value in record.items() if name != "changes"} | ({"changes": changes} if changes else {})
+    return {name: value for name, value in record.items() if name != "changes"} | (
+        {"changes": changes} if changes else {}
+    )
 
 
 def fingerprint(value) -> str:

@@ -99,13 +99,16 @@ def read_utterance(
 ):
     "(audio (samples,) int16 at 22.05 kHz, peak at full scale; phones; frames of each phone). ValueError for a file that was not finished."
     from scipy.signal import resample_poly
+
     *rows, last = split_lines(stem.with_suffix(".phones").read_text())
     if last != "done":
         raise ValueError("festival stopped in the middle of this text")
     if not rows:
         raise ValueError("there is nothing to say in it")
     names, ends, stresses = zip(*(row.split() for row in rows))
-    phones, at = cut([arpabet(n, float(s) > 0) for n, s in zip(names, stresses)], [float(e) for e in ends], final_pause)
+    phones, at = cut(
+        [arpabet(n, float(s) > 0) for n, s in zip(names, stresses)], [float(e) for e in ends], final_pause
+    )
     wave, rate = soundfile.read(stem.with_suffix(".wav"))
     common = math.gcd(SAMPLE_RATE, rate)
     wave = resample_poly(wave, SAMPLE_RATE // common, rate // common)
@@ -122,13 +125,28 @@ SECONDS_A_TEXT = 60  # more means that festival hangs
 def _run_festival(names, texts, folder):
     "Speaks `texts` into `folder`; returns what festival complained about."
     script = folder / "speak.scm"
-    script.write_text(SPEAK + "".join(f"(speak {scheme_string(str(folder / n))} {scheme_string(t)})\n" for n, t in zip(names, texts)))
+    script.write_text(
+        SPEAK
+        + "".join(
+            f"(speak {scheme_string(str(folder / n))} {scheme_string(t)})\n" for n, t in zip(names, texts)
+        )
+    )
     try:
-        run = subprocess.run(["festival", "-b", str(script)], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                             timeout=SECONDS_A_TEXT * len(texts))
+        run = subprocess.run(
+            ["festival", "-b", str(script)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS_A_TEXT * len(texts),
+        )
     except subprocess.TimeoutExpired:
         return "festival did not answer"
-    return run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"festival ended with exit status {run.returncode}"
+    return (
+        run.stderr.strip().splitlines()[-1]
+        if run.stderr.strip()
+        else f"festival ended with exit status {run.returncode}"
+    )
 
 
 def keep_utterance(out, name, text, audio, phones, frames, sample_rate=SAMPLE_RATE, **more):
@@ -175,9 +193,12 @@ def speak_texts(
 @dataclass
 class CorpusConfig:
     "Let a voice speak texts: python -m dlpo_nb.data --texts FILE --out FOLDER"
+
     texts: Path  # a file with one text a line
     out: Path  # folder of the corpus; an unfinished one is completed
-    voice: Literal["festival", "hibari"] = "festival"  # hibari is the natural one: pip install 'dlpo_nb[voice]'
+    voice: Literal["festival", "hibari"] = (
+        "festival"  # hibari is the natural one: pip install 'dlpo_nb[voice]'
+    )
     sample_rate: int = SAMPLE_RATE  # 24000 with hibari keeps its own rate
     workers: int = 2  # processes at a time
     limit: int | None = None  # speak only so many texts
@@ -190,8 +211,13 @@ def _finished(config, texts):
     rows = read_jsonl(path) if path.exists() else []
     for row in rows:
         if not row["id"].isdigit() or int(row["id"]) >= len(texts) or texts[int(row["id"])] != row["text"]:
-            raise UserError(f"{out} was made from other texts (its {row['id']} is {row['text'][:40]!r}); choose another --out")
-        if (made := (row.get("voice", "festival"), row.get("sample_rate", SAMPLE_RATE))) != (config.voice, config.sample_rate):
+            raise UserError(
+                f"{out} was made from other texts (its {row['id']} is {row['text'][:40]!r}); choose another --out"
+            )
+        if (made := (row.get("voice", "festival"), row.get("sample_rate", SAMPLE_RATE))) != (
+            config.voice,
+            config.sample_rate,
+        ):
             raise UserError(f"{out} was spoken by {made[0]} at {made[1]} Hz; choose another --out")
     return {row["id"] for row in rows}
 
@@ -206,7 +232,9 @@ def _prepare(config):
         (config.out / "audio").mkdir(parents=True, exist_ok=True)
         (config.out / "failures.txt").write_text("")
     except OSError as error:
-        raise UserError(f"cannot write the corpus folder {config.out}: {error.strerror}; choose another --out") from error
+        raise UserError(
+            f"cannot write the corpus folder {config.out}: {error.strerror}; choose another --out"
+        ) from error
     done = _finished(config, texts)
     return texts, [(name, text) for i, text in enumerate(texts) if (name := f"{i:06d}") not in done]
 
@@ -228,23 +256,31 @@ def _voice(config):
     "What speaks chunks of texts, to be opened by `with`; UserError where the voice is missing or has another rate."
     if config.voice == "hibari":
         from dlpo_nb.hibari import check_hibari, spoken
+
         check_hibari(config.sample_rate)
         return partial(spoken, sample_rate=config.sample_rate)
     check_festival()
     if config.sample_rate != SAMPLE_RATE:
-        raise UserError(f"festival speaks at {SAMPLE_RATE} Hz only; leave out --sample-rate, or give --voice hibari")
+        raise UserError(
+            f"festival speaks at {SAMPLE_RATE} Hz only; leave out --sample-rate, or give --voice hibari"
+        )
     return _festival_spoken
 
 
 def make_corpus(config: CorpusConfig, progress: bool = True):
     "Speaks the texts that are missing in the corpus; returns (utterances there now, failures)."
     from tqdm import tqdm
+
     voice = _voice(config)
     texts, todo = _prepare(config)
     chunks = [todo[i : i + 16] for i in range(0, len(todo), 16)]
     failed = 0
     bar = tqdm(total=len(texts), initial=len(texts) - len(todo), unit="text", disable=not progress)
-    with bar, voice(chunks, config.out, config.workers) as spoken, open(config.out / "failures.txt", "a", encoding="utf-8") as failures:
+    with (
+        bar,
+        voice(chunks, config.out, config.workers) as spoken,
+        open(config.out / "failures.txt", "a", encoding="utf-8") as failures,
+    ):
         for results in spoken:
             for result in results:
                 if isinstance(result, dict):
@@ -255,7 +291,9 @@ def make_corpus(config: CorpusConfig, progress: bool = True):
                     bar.write(f"not spoken: {result[1][:60]!r}: {result[2]}")
             bar.update(len(results))
     if failed == len(texts):
-        raise UserError(f"{config.voice} spoke none of the {len(texts)} texts; {config.out}/failures.txt says why")
+        raise UserError(
+            f"{config.voice} spoke none of the {len(texts)} texts; {config.out}/failures.txt says why"
+        )
     return len(texts) - failed, failed
 
 # %% ../nbs/03_data.ipynb #edf805ea
@@ -300,24 +338,33 @@ def read_flac(
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot read {path}: {error}; delete the corpus and make it again") from error
     if found != (1, samples, sample_rate) or (decode and len(audio) != samples):
-        raise UserError(f"{path} has {found[0]} x {found[1]} samples at {found[2]} Hz, the manifest says 1 x {samples} at {sample_rate}; make the corpus again")
+        raise UserError(
+            f"{path} has {found[0]} x {found[1]} samples at {found[2]} Hz, the manifest says 1 x {samples} at {sample_rate}; make the corpus again"
+        )
     return audio
 
 
 def _check_row(row, folder):
     "UserError for a line of a manifest that does not describe an utterance."
     try:
-        good = len(row["phones"]) == len(row["frames"]) > 0 and min(row["frames"]) >= 0 and HOP * sum(row["frames"]) == row["samples"] > 0
+        good = (
+            len(row["phones"]) == len(row["frames"]) > 0
+            and min(row["frames"]) >= 0
+            and HOP * sum(row["frames"]) == row["samples"] > 0
+        )
         phones_to_ids(row["phones"])
     except (KeyError, TypeError):
         good = False
     if not good:
-        raise UserError(f"{folder}/manifest.jsonl: the line of {row.get('id') if isinstance(row, dict) else row!r} is no utterance; each phone needs its frames, and samples = {HOP} x frames")
+        raise UserError(
+            f"{folder}/manifest.jsonl: the line of {row.get('id') if isinstance(row, dict) else row!r} is no utterance; each phone needs its frames, and samples = {HOP} x frames"
+        )
 
 # %% ../nbs/03_data.ipynb #217e1f1a
 @dataclass(frozen=True)
 class Item:
     "One utterance: `audio` (samples,) int16, and `frames` of each of its `phones`."
+
     id: str
     text: str
     phones: list[str]
@@ -327,30 +374,41 @@ class Item:
     sample_rate: int = SAMPLE_RATE
 
     @property
-    def audio(self): return read_flac(self.path, self.samples, sample_rate=self.sample_rate) if self.held is None else self.held
+    def audio(self):
+        return (
+            read_flac(self.path, self.samples, sample_rate=self.sample_rate)
+            if self.held is None
+            else self.held
+        )
 
     @cached_property
-    def samples(self): return HOP * sum(self.frames)
+    def samples(self):
+        return HOP * sum(self.frames)
 
     @cached_property
-    def ids(self): return phones_to_ids(self.phones)
+    def ids(self):
+        return phones_to_ids(self.phones)
 
 
 @dataclass(frozen=True)
 class Corpus:
     "A sequence of `Item`; a slice of it is a corpus of the same items."
+
     items: list[Item]
 
-    def __len__(self): return len(self.items)
+    def __len__(self):
+        return len(self.items)
 
     def __getitem__(self, index):
         return Corpus(self.items[index]) if isinstance(index, slice) else self.items[index]
 
     @property
-    def hours(self): return sum(item.samples / item.sample_rate for item in self.items) / 3600
+    def hours(self):
+        return sum(item.samples / item.sample_rate for item in self.items) / 3600
 
     @property
-    def frames(self): return [sum(item.frames) for item in self.items]
+    def frames(self):
+        return [sum(item.frames) for item in self.items]
 
 # %% ../nbs/03_data.ipynb #203cdb05
 def load_corpus(
@@ -360,19 +418,30 @@ def load_corpus(
     "All utterances of a corpus, in memory up to `HELD` samples. UserError where files are missing or do not fit the manifest."
     folder = Path(folder)
     if not (folder / "manifest.jsonl").is_file():
-        raise UserError(f"no corpus in {folder} (manifest.jsonl is missing: none was made, or no utterance came into it); make one with dlpo_nb.data or dlpo_nb.ljspeech")
+        raise UserError(
+            f"no corpus in {folder} (manifest.jsonl is missing: none was made, or no utterance came into it); make one with dlpo_nb.data or dlpo_nb.ljspeech"
+        )
     rows = read_jsonl(folder / "manifest.jsonl")
     if not rows:
         raise UserError(f"the corpus in {folder} is empty; make it with python -m dlpo_nb.data")
     for row in rows:
         _check_row(row, folder)
         if (rate := row.get("sample_rate", SAMPLE_RATE)) != sample_rate:
-            raise UserError(f"the corpus in {folder} is at {rate} Hz, the model hears {sample_rate}; make it again with --sample-rate {sample_rate}")
+            raise UserError(
+                f"the corpus in {folder} is at {rate} Hz, the model hears {sample_rate}; make it again with --sample-rate {sample_rate}"
+            )
     ends = list(itertools.accumulate(row["samples"] for row in rows))
     audio = np.empty(ends[-1], np.int16) if ends[-1] <= HELD else None
 
     def read(row, end):
-        item = Item(row["id"], row["text"], row["phones"], row["frames"], folder / "audio" / f"{row['id']}.flac", sample_rate=sample_rate)
+        item = Item(
+            row["id"],
+            row["text"],
+            row["phones"],
+            row["frames"],
+            folder / "audio" / f"{row['id']}.flac",
+            sample_rate=sample_rate,
+        )
         if audio is None:
             read_flac(item.path, item.samples, decode=False, sample_rate=sample_rate)
             return item
@@ -405,7 +474,9 @@ def bucketed_batches(
     "Indices of the items, each once, in batches of like length and in random order; one batch may be short."
     order = torch.randperm(len(frames), generator=generator).tolist()
     stretch = 50 * batch_size
-    stretches = (sorted(order[i : i + stretch], key=frames.__getitem__) for i in range(0, len(order), stretch))
+    stretches = (
+        sorted(order[i : i + stretch], key=frames.__getitem__) for i in range(0, len(order), stretch)
+    )
     order = list(itertools.chain.from_iterable(stretches))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
@@ -413,6 +484,7 @@ def bucketed_batches(
 # %% ../nbs/03_data.ipynb #3725e990
 def main():
     import tyro
+
     count, failed = make_corpus(tyro.cli(CorpusConfig))
     print(f"{count} utterances, {failed} texts could not be spoken")
 

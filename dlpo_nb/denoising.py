@@ -10,7 +10,7 @@ import torch
 
 from .core import keyed_generator
 from .data import collate
-from .distributed import share
+from .distributed import shard
 from .gradients import Log
 from .mdp import keyed_noise
 from .policy import denoising_loss, state_mask
@@ -19,23 +19,26 @@ from .rollouts import current_conditioning
 # %% ../nbs/39e_denoising.ipynb #02b6e9d9
 def windowed_loss(
     policy,
-    x_0: torch.Tensor, # (B, N) clean states, N = T * width
-    hidden: torch.Tensor, # (B, C, T)
-    frames: torch.Tensor, # (B,) of each utterance
-    levels: torch.Tensor, # those of the training schedule
-    width: int, # frames of the window; 0: whole utterances
-    key: tuple, # of the random numbers
-    t: int | None = None, # the level's index; None: drawn for each utterance
-    rows: list | None = None, # (B,) places of the utterances in the whole batch, for the draws; None: 0, 1, ...
-) -> torch.Tensor: # (B,) with gradient
+    x_0: torch.Tensor,  # (B, N) clean states, N = T * width
+    hidden: torch.Tensor,  # (B, C, T)
+    frames: torch.Tensor,  # (B,) of each utterance
+    levels: torch.Tensor,  # those of the training schedule
+    width: int,  # frames of the window; 0: whole utterances
+    key: tuple,  # of the random numbers
+    t: int | None = None,  # the level's index; None: drawn for each utterance
+    rows: list
+    | None = None,  # (B,) places of the utterances in the whole batch, for the draws; None: 0, 1, ...
+) -> torch.Tensor:  # (B,) with gradient
     "Denoising loss D of each utterance on a random window, at one level each; the same however the batch is divided."
     keys = [(*key, row) for row in (range(len(x_0)) if rows is None else rows)]
     width = min(width or int(frames.max()), int(frames.max()))
-    draws = torch.stack([torch.rand(2, generator=keyed_generator(*k, "window"), dtype=torch.float64) for k in keys])
+    draws = torch.stack(
+        [torch.rand(2, generator=keyed_generator(*k, "window"), dtype=torch.float64) for k in keys]
+    )
     index = (draws[:, :1] * len(levels)).long() if t is None else torch.full((len(keys), 1), t)
     start = (draws[:, 1] * ((frames.cpu() - width).clamp(min=0) + 1)).long().tolist()
 
-    def window(values, scale): # (B, ..., T * scale) -> (B, ..., width * scale)
+    def window(values, scale):  # (B, ..., T * scale) -> (B, ..., width * scale)
         return torch.stack([row[..., scale * s : scale * (s + width)] for row, s in zip(values, start)])
 
     size, level = policy.width, levels[index].to(x_0)
@@ -43,7 +46,9 @@ def windowed_loss(
     # an utterance that ends inside the window ends there for the network too
     inside = (frames - torch.tensor(start, device=frames.device)).clamp(max=width)
     mask = window(state_mask(frames, size), size)
-    return denoising_loss(policy, window(x_0, size), window(hidden, 1), level, noise, mask, inside, reduction="none")
+    return denoising_loss(
+        policy, window(x_0, size), window(hidden, 1), level, noise, mask, inside, reduction="none"
+    )
 
 
 def grid_level(j: int, count: int, levels: int = 1000) -> int:
@@ -51,7 +56,7 @@ def grid_level(j: int, count: int, levels: int = 1000) -> int:
     return round(levels - 1 - (levels - 10) * j / (count - 1))
 
 # %% ../nbs/39e_denoising.ipynb #6f214c1b
-def recorded_batch(tuner, *key, rows=None, model=None): # -> (b, N), (b, C, T), (b,), (b,)
+def recorded_batch(tuner, *key, rows=None, model=None):  # -> (b, N), (b, C, T), (b,), (b,)
     "As many recorded utterances as the batch has rollouts, those at `rows`: x_0, hidden, frames, duration loss."
     c, model = tuner.config, model or tuner.model
     draw = keyed_generator(c.seed, *key, "recordings")
@@ -68,7 +73,7 @@ def speech_batches(tuner, trajectories, source, key):
     "Yields rows of micro-batches, of recordings (data) or own speech (sample), and what `recorded_batch` gives of them."
     c = tuner.config
     if source == "data":
-        mine, size = share(range(c.batch_size)), max(c.micro_batch, c.group_size)
+        mine, size = shard(range(c.batch_size)), max(c.micro_batch, c.group_size)
         for rows in (mine[i : i + size] for i in range(0, len(mine), size)):
             yield rows, *recorded_batch(tuner, *key, rows=rows)
     else:
@@ -84,7 +89,9 @@ def denoising_losses(tuner, trajectories, source, e, inner):
         key = ("guidance", e, inner, j)
         t = grid_level(j, c.denoising_steps, len(tuner.levels)) if c.denoising_levels == "grid" else None
         for rows, x_0, hidden, frames, durations in speech_batches(tuner, trajectories, source, key):
-            losses = windowed_loss(tuner.model, x_0, hidden, frames, tuner.levels, c.denoising_frames, (c.seed, *key), t, rows)
+            losses = windowed_loss(
+                tuner.model, x_0, hidden, frames, tuner.levels, c.denoising_frames, (c.seed, *key), t, rows
+            )
             yield j, rows, losses, durations
 
 

@@ -20,15 +20,22 @@ from .reference import step_kl
 from .rollouts import collect, make_advantages, score_audio
 
 # %% ../nbs/43_diagnostics.ipynb #9804f124
-def signal_and_noise(gradients: torch.Tensor) -> dict: # (n, parameters), a row a group
+def signal_and_noise(gradients: torch.Tensor) -> dict:  # (n, parameters), a row a group
     "Unbiased squared norm of the mean gradient with its jackknife error, noise of one group, groups needed for signal = noise."
     gram = (gradients @ gradients.T).double()
     n, squares = len(gram), gram.diagonal()
     cross = gram.sum() - squares.sum()
     signal, noise = float(cross / (n * (n - 1))), float(squares.mean() - cross / (n * (n - 1)))
-    without = (cross - 2 * (gram.sum(1) - squares)) / ((n - 1) * (n - 2)) # the signal as it is without each of the groups
+    without = (cross - 2 * (gram.sum(1) - squares)) / (
+        (n - 1) * (n - 2)
+    )  # the signal as it is without each of the groups
     error = float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
-    return {"signal": signal, "signal_error": error, "noise": noise, "groups_for_signal": noise / signal if signal > 0 else math.inf}
+    return {
+        "signal": signal,
+        "signal_error": error,
+        "noise": noise,
+        "groups_for_signal": noise / signal if signal > 0 else math.inf,
+    }
 
 
 def gradient_signal(tuner, episode: int = 0, progress=False) -> dict:
@@ -46,7 +53,13 @@ def gradient_signal(tuner, episode: int = 0, progress=False) -> dict:
             gradients.add(Loss(policy=-(advantages[t.rows] * log_prob).mean()), 1.0)
             vectors.append(gradients.part("policy"))
         whole = whole + torch.stack(vectors)
-        rows.append({"step": step, "sigma": float(tuner.schedule.sigma(step)), **signal_and_noise(torch.stack(vectors))})
+        rows.append(
+            {
+                "step": step,
+                "sigma": float(tuner.schedule.sigma(step)),
+                **signal_and_noise(torch.stack(vectors)),
+            }
+        )
     return {"groups": len(trajectories), "group_size": c.group_size, **signal_and_noise(whole), "steps": rows}
 
 # %% ../nbs/43_diagnostics.ipynb #3b7e3ee5
@@ -63,7 +76,18 @@ def drift(tuner, texts: list) -> dict:
     measured = {"kl": total, "kl_texts": len(texts)}
     for name, model in (("base", tuner.reference), ("tuned", tuner.model)) if tuner.corpus else ():
         x_0, hidden, frames, _ = recorded_batch(tuner, *key, model=model)
-        losses = [windowed_loss(model, x_0, hidden, frames, tuner.levels, c.denoising_frames, (*key, j),
-                                grid_level(j, 10, len(tuner.levels))).mean() for j in range(10)]
+        losses = [
+            windowed_loss(
+                model,
+                x_0,
+                hidden,
+                frames,
+                tuner.levels,
+                c.denoising_frames,
+                (*key, j),
+                grid_level(j, 10, len(tuner.levels)),
+            ).mean()
+            for j in range(10)
+        ]
         measured[f"diffusion_loss/{name}"] = float(torch.stack(losses).mean())
     return measured

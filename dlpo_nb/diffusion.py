@@ -18,6 +18,7 @@ from .core import UserError
 # %% ../nbs/04_diffusion.ipynb #ab11ae4d
 class Tables:
     "The numbers of a noise schedule, (num_steps,) each, on the CPU; t = 0 is the least noisy step."
+
     bounds = (-1.0, 1.0)  # between which x_0 lies, as audio does; None: anywhere, as in log-mels
 
     def __init__(self, betas, alphas, alphas_cumprod, alphas_cumprod_prev):
@@ -25,7 +26,9 @@ class Tables:
         self.alphas_cumprod, self.alphas_cumprod_prev = alphas_cumprod, alphas_cumprod_prev
         falls = len(betas) and (alphas_cumprod <= alphas_cumprod_prev).all() and alphas_cumprod_prev[0] <= 1
         if not falls or alphas_cumprod[0] >= 1 or alphas_cumprod[-1] <= 0:
-            raise UserError("a noise schedule needs betas between 0 and 1, and an alpha_bar that falls from below 1 to above 0")
+            raise UserError(
+                "a noise schedule needs betas between 0 and 1, and an alpha_bar that falls from below 1 to above 0"
+            )
         self.num_steps = len(betas)
         self.levels = alphas_cumprod.sqrt()
         # the order of these operations is the released model's, so that its float32 tables come out, up to rounding
@@ -172,10 +175,14 @@ class TransitionDensity(Sampler):
 
     def _spread(self, t, eta, like):
         if not (self.sigma(t, eta) > 0).all():
-            raise ValueError(f"step {t} is deterministic (sigma = 0) and has no density; leave it out of the policy's steps")
+            raise ValueError(
+                f"step {t} is deterministic (sigma = 0) and has no density; leave it out of the policy's steps"
+            )
         return eta * entry(self.posterior_variance.sqrt(), t, like)
 
-    def transition_log_prob(self, eps, x_t, x_prev, t, mask=None, reduction="mean", clip=True, eta=1.0, form="posterior"):
+    def transition_log_prob(
+        self, eps, x_t, x_prev, t, mask=None, reduction="mean", clip=True, eta=1.0, form="posterior"
+    ):
         """log p(x_prev | x_t) of each item, (B,) float64; `eps`, `x_t`, `x_prev`, `mask` are (B, N), `x_prev` is detached.
 
         ValueError where sigma is 0. Black et al. 2023, eq. 5, over audio samples."""
@@ -190,7 +197,9 @@ class TransitionDensity(Sampler):
     def kl(self, eps, eps_ref, x_t, t, mask=None, reduction="mean", clip=True, eta=1.0, form="posterior"):
         "KL(p(. | x_t) || p_ref(. | x_t)) of each item, (B,) float64; `eps_ref` is detached. ValueError where sigma is 0."
         sigma = self._spread(t, eta, eps.double())
-        mu, mu_ref = (self.mean(e.double(), x_t.double(), t, clip, eta, form) for e in (eps, eps_ref.detach()))
+        mu, mu_ref = (
+            self.mean(e.double(), x_t.double(), t, clip, eta, form) for e in (eps, eps_ref.detach())
+        )
         return reduce_samples(((mu - mu_ref) / sigma).square() / 2, mask, reduction)
 
 # %% ../nbs/04_diffusion.ipynb #04d643eb
@@ -208,11 +217,15 @@ class NoiseSchedule(TransitionDensity):
     ):
         "The schedule that visits `n` of this one's noise levels. UserError for an impossible n, spacing or lo."
         if not 1 <= n <= self.num_steps:
-            raise UserError(f"a schedule of {self.num_steps} steps cannot be respaced to {n}; use 1 to {self.num_steps}")
+            raise UserError(
+                f"a schedule of {self.num_steps} steps cannot be respaced to {n}; use 1 to {self.num_steps}"
+            )
         if spacing == "geometric":
             new = self._geometric(n, lo)
         elif spacing == "trailing":
-            new = self._visiting(torch.linspace(self.num_steps / n, self.num_steps, n, dtype=torch.float64) - 1)
+            new = self._visiting(
+                torch.linspace(self.num_steps / n, self.num_steps, n, dtype=torch.float64) - 1
+            )
         elif spacing == "even":
             new = self._visiting(torch.linspace(0, self.num_steps - 1, n, dtype=torch.float64))
         else:
@@ -232,7 +245,9 @@ class NoiseSchedule(TransitionDensity):
     def _geometric(self, n, lo):
         end = (1 / self.alphas_cumprod[-1] - 1).item()
         if not 0 < lo < end:
-            raise UserError(f"lo = {lo} is not between 0 and {end:.4g}, the last (1 - alpha_bar) / alpha_bar of the schedule")
+            raise UserError(
+                f"lo = {lo} is not between 0 and {end:.4g}, the last (1 - alpha_bar) / alpha_bar of the schedule"
+            )
         ratios = torch.logspace(math.log10(end), math.log10(lo), n, dtype=torch.float64).flip(0)
         return self.from_alphas_cumprod(1 / (1 + ratios), self.alphas_cumprod_prev[0])
 
@@ -242,5 +257,8 @@ def warn_of_lone_step(schedule, spacing, share=0.9):
     weights = schedule.kl_weight(torch.arange(schedule.num_steps)).flatten()
     weights = weights[weights.isfinite()]
     if len(weights) > 1 and weights.max() > share * weights.sum():
-        warnings.warn(f"{spacing} spacing with {schedule.num_steps} steps: one step holds {weights.max() / weights.sum():.2%} of the KL; "
-                      "ratios, KL and gradients will be those of that step alone. Use spacing='trailing' or 'geometric'.", stacklevel=3)
+        warnings.warn(
+            f"{spacing} spacing with {schedule.num_steps} steps: one step holds {weights.max() / weights.sum():.2%} of the KL; "
+            "ratios, KL and gradients will be those of that step alone. Use spacing='trailing' or 'geometric'.",
+            stacklevel=3,
+        )

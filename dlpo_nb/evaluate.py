@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'CAUTION', 'MANUAL', 'NISQA_WEIGHTS', 'WEIGHTS', 'LEVEL', 'SHORT', 'synthesise_all', 'Row', 'measure',
            'aligned_log_mel_distance', 'speaker_log_mels', 'paired_difference', 'missing_scores', 'compare',
            'direction', 'role', 'verdict', 'ordered', 'drift_lines', 'left_out_lines', 'format_table', 'write_rows',
-           'read_rows', 'EvaluateConfig', 'judge_options', 'identity', 'find_judges', 'at_level', 'ask', 'ScoreBook',
+           'read_rows', 'EvaluateConfig', 'judge_options', 'identity', 'find_judges', 'at_level', 'ask', 'ScoreCache',
            'sound_keys', 'load_model', 'speak', 'read_system', 'levelled_name', 'judge_system', 'choose_texts',
            'choose_schedule', 'open_folder', 'measure_systems', 'measures_of', 'leaderboard_axes', 'pooled_rates',
            'evaluation_text', 'draw_evaluation', 'write_evaluation', 'evaluate', 'main']
@@ -30,14 +30,43 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, rms_db, sound_faults, write_audio
-from .core import RunDir, UserError, append_jsonl, asset, atomic_write, environment, keyed_generator, pick_device, plain, read_jsonl, run_main
+from dlpo_nb.audio import (
+    SAMPLE_RATE,
+    log_mel,
+    log_mel_distance,
+    noise_floor_db,
+    rms_db,
+    sound_faults,
+    write_audio,
+)
+from dlpo_nb.core import (
+    RunDir,
+    UserError,
+    append_jsonl,
+    asset,
+    atomic_write,
+    environment,
+    keyed_generator,
+    pick_device,
+    plain,
+    read_jsonl,
+    run_main,
+)
 from .diffusion import NoiseSchedule
-from .distributed import gather, share
+from .distributed import all_gather, shard
 from .rewards import get_reward
 from .rewards.base import REWARDS, parse_formula
 from .rewards.wer import ears, packaged_whisper, spoken_words
-from .statistics import bootstrap_interval, compare_systems, contradictions, draw_bars, draw_leaderboard, table_against, table_of_means, values_of
+from dlpo_nb.statistics import (
+    bootstrap_interval,
+    compare_systems,
+    contradictions,
+    draw_bars,
+    draw_leaderboard,
+    table_against,
+    table_of_means,
+    values_of,
+)
 from .systems import audio_files, baseline, find_systems, match_files, read_clip, read_transcript
 from .text import prompts, read_texts, text_to_ids
 from .policies import load_policy
@@ -46,24 +75,29 @@ from .wavegrad2.model import AUDIO_MAX
 
 # %% ../nbs/50_evaluate.ipynb #0f0ba7f3
 def synthesise_all(
-    model, # a Policy
-    texts, # list of str
-    schedule, # NoiseSchedule: all its steps are run
-    seed, # the same seed gives every model the same noise
-    batch_size=16, # texts of similar length share a batch; changes the time, not the audio
-    progress=None, # label of a progress bar; None shows none
-    skip=(), # indices of texts that need not be spoken: a batch of such texts only is left out, its audio is None
-    on_audio=None, # called with (index, audio) as soon as an utterance is there
-    shared=False, # whether several processes speak a part each, and all get all
-) -> list: # a tensor (N_i,) for each text, float32 on the CPU, in [-1, 1 - 2**-10], SAMPLE_RATE
+    model,  # a Policy
+    texts,  # list of str
+    schedule,  # NoiseSchedule: all its steps are run
+    seed,  # the same seed gives every model the same noise
+    batch_size=16,  # texts of similar length share a batch; changes the time, not the audio
+    progress=None,  # label of a progress bar; None shows none
+    skip=(),  # indices of texts that need not be spoken: a batch of such texts only is left out, its audio is None
+    on_audio=None,  # called with (index, audio) as soon as an utterance is there
+    shared=False,  # whether several processes speak a part each, and all get all
+) -> list:  # a tensor (N_i,) for each text, float32 on the CPU, in [-1, 1 - 2**-10], SAMPLE_RATE
     "Speak all texts, in eval mode, each from noise of its own; UserError for a text with nothing to speak."
     ids = model.encode(texts)
     order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
     audio = [None] * len(texts)
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = [batch for batch in batches if not set(batch) <= set(skip)] # never a part of one: batches keep their bits
-    batches = share(batches) if shared else batches
-    with evaluating(model), tqdm(total=sum(map(len, batches)), desc=progress, unit="text", disable=progress is None) as bar:
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [
+        batch for batch in batches if not set(batch) <= set(skip)
+    ]  # never a part of one: batches keep their bits
+    batches = shard(batches) if shared else batches
+    with (
+        evaluating(model),
+        tqdm(total=sum(map(len, batches)), desc=progress, unit="text", disable=progress is None) as bar,
+    ):
         for batch in batches:
             generators = [keyed_generator(seed, "evaluate", i) for i in batch]
             for i, sound in zip(batch, synthesise(model, [ids[i] for i in batch], schedule, generators)):
@@ -72,23 +106,36 @@ def synthesise_all(
                     on_audio(i, audio[i])
             bar.update(len(batch))
     if shared:
-        audio = [next((sound for sound in sounds if sound is not None), None) for sounds in zip(*gather(audio))]
+        audio = [
+            next((sound for sound in sounds if sound is not None), None) for sounds in zip(*all_gather(audio))
+        ]
     return audio
 
 # %% ../nbs/50_evaluate.ipynb #faf7db6b
-LABELS = dict(seconds="duration, s", rms_db="RMS level, dBFS", noise_floor_db="noise floor, dBFS",
-              clipped_share="clipped samples, share", log_mel_to_reference="log-mel distance to the speaker")
+LABELS = dict(
+    seconds="duration, s",
+    rms_db="RMS level, dBFS",
+    noise_floor_db="noise floor, dBFS",
+    clipped_share="clipped samples, share",
+    log_mel_to_reference="log-mel distance to the speaker",
+)
 
 
 def _describe(audio, text):
     "The measurements of one utterance that need no judge."
     clipped = ((audio <= -1) | (audio >= AUDIO_MAX)).float().mean()
-    return dict(text=text, seconds=len(audio) / SAMPLE_RATE, rms_db=float(rms_db(audio)),
-                noise_floor_db=float(noise_floor_db(audio)), clipped_share=float(clipped))
+    return dict(
+        text=text,
+        seconds=len(audio) / SAMPLE_RATE,
+        rms_db=float(rms_db(audio)),
+        noise_floor_db=float(noise_floor_db(audio)),
+        clipped_share=float(clipped),
+    )
 
 
 class Row(dict):
     "What was measured of an utterance; None where a judge could not score it, and `refused` says why: {judge: reason}."
+
     refused: dict = {}
 
 
@@ -96,20 +143,22 @@ def _scores(judge, audio, texts, batch_size=16):
     "The judge's score of each utterance, or a str: why it has none."
     scores = []
     for i in range(0, len(audio), batch_size):
-        batch = audio[i:i + batch_size]
+        batch = audio[i : i + batch_size]
         lengths = torch.tensor([len(x) for x in batch])
-        scores += judge(pad_sequence(batch, batch_first=True), lengths, SAMPLE_RATE, texts[i:i + batch_size]).tolist()
+        scores += judge(
+            pad_sequence(batch, batch_first=True), lengths, SAMPLE_RATE, texts[i : i + batch_size]
+        ).tolist()
         for failure in getattr(judge, "last_failures", ()):
             scores[i + failure.index] = failure.reason
     return scores
 
 
 def measure(
-    audio, # list of tensors (N_i,) at SAMPLE_RATE
-    texts, # what they say
-    judges, # dict of name -> reward; the reward of the run under the name it has in the configuration
-    reference_log_mel=None, # list of (80, frames), the log-mel of a speaker's own recording of each text
-) -> list: # a dict for each utterance
+    audio,  # list of tensors (N_i,) at SAMPLE_RATE
+    texts,  # what they say
+    judges,  # dict of name -> reward; the reward of the run under the name it has in the configuration
+    reference_log_mel=None,  # list of (80, frames), the log-mel of a speaker's own recording of each text
+) -> list:  # a dict for each utterance
     "Text, duration, level, noise floor, clipping and each judge's score of every utterance."
     rows = [Row(_describe(x, text)) for x, text in zip(audio, texts, strict=True)]
     for name, judge in judges.items():
@@ -131,7 +180,7 @@ def aligned_log_mel_distance(a, b):
     return float(cost[path[:, 0], path[:, 1]].mean())
 
 
-def speaker_log_mels(texts): # -> list of (80, frames), or None
+def speaker_log_mels(texts):  # -> list of (80, frames), or None
     "Log-mels of the voice's own reading of the packaged held-out texts; None unless it has read all of `texts`."
     with np.load(asset("heldout_speaker.npz")) as file:
         places = np.cumsum(file["frames"])[:-1]
@@ -146,35 +195,58 @@ def paired_difference(base, tuned):
     "Means of two lists of scores of the same texts, and tuned - base with its 95 % interval."
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
     difference, low, high = bootstrap_interval(tuned - base)
-    return dict(n=len(base), base=float(base.mean()), tuned=float(tuned.mean()), difference=difference, low=low, high=high)
+    return dict(
+        n=len(base),
+        base=float(base.mean()),
+        tuned=float(tuned.mean()),
+        difference=difference,
+        low=low,
+        high=high,
+    )
 
 
 def missing_scores(base_rows, tuned_rows):
     "The scores that one of two systems lacks, so that the other's is left out too: a dict of system, index, text, judge, reason each."
-    return [dict(system=system, index=i, text=row["text"], judge=name, reason=reason)
-            for system, rows in (("base", base_rows), ("tuned", tuned_rows)) for i, row in enumerate(rows)
-            for name, reason in getattr(row, "refused", {}).items()]
+    return [
+        dict(system=system, index=i, text=row["text"], judge=name, reason=reason)
+        for system, rows in (("base", base_rows), ("tuned", tuned_rows))
+        for i, row in enumerate(rows)
+        for name, reason in getattr(row, "refused", {}).items()
+    ]
 
 
 def compare(
-    base_rows, # of `measure`
-    tuned_rows, # the same texts in the same order
-    base_audio=None, # list of tensors (N_i,), for the log-mel distance between the two systems
+    base_rows,  # of `measure`
+    tuned_rows,  # the same texts in the same order
+    base_audio=None,  # list of tensors (N_i,), for the log-mel distance between the two systems
     tuned_audio=None,
-) -> dict: # JSON-ready: n, metrics {name: n, base, tuned, difference, low, high}, left_out, duration_ratio, log_mel_distance
+) -> dict:  # JSON-ready: n, metrics {name: n, base, tuned, difference, low, high}, left_out, duration_ratio, log_mel_distance
     """Every measurement of the base beside that of the tuned model, over the texts that both have it of. Raises UserError if the
     rows are not of the same texts."""
     texts = [row["text"] for row in base_rows]
     if not texts or texts != [row["text"] for row in tuned_rows]:
-        raise UserError("base and tuned model must be measured on the same texts, at least one, in the same order")
+        raise UserError(
+            "base and tuned model must be measured on the same texts, at least one, in the same order"
+        )
     pairs, metrics = list(zip(base_rows, tuned_rows)), {}
     for name in dict.fromkeys(name for row in base_rows for name in row if name != "text"):
-        both = [(base[name], tuned[name]) for base, tuned in pairs if None not in (base.get(name), tuned.get(name))]
+        both = [
+            (base[name], tuned[name])
+            for base, tuned in pairs
+            if None not in (base.get(name), tuned.get(name))
+        ]
         if both:
             metrics[name] = paired_difference(*zip(*both))
-    result = dict(n=len(texts), metrics=metrics, left_out=missing_scores(base_rows, tuned_rows), duration_ratio=metrics["seconds"]["tuned"] / metrics["seconds"]["base"])
+    result = dict(
+        n=len(texts),
+        metrics=metrics,
+        left_out=missing_scores(base_rows, tuned_rows),
+        duration_ratio=metrics["seconds"]["tuned"] / metrics["seconds"]["base"],
+    )
     if base_audio is not None:
-        distances = [log_mel_distance(log_mel(a), log_mel(b)) for a, b in zip(base_audio, tuned_audio, strict=True)]
+        distances = [
+            log_mel_distance(log_mel(a), log_mel(b)) for a, b in zip(base_audio, tuned_audio, strict=True)
+        ]
         result["log_mel_distance"] = dict(zip(("mean", "low", "high"), bootstrap_interval(distances)))
     return result
 
@@ -192,7 +264,7 @@ def role(name, reward):
 
 
 def verdict(
-    summary, # summary.json of a run: evaluation, reward
+    summary,  # summary.json of a run: evaluation, reward
 ) -> str:
     "One sentence: whether the held-out reward rose, by how much, and how sure that is."
     evaluation, reward = summary["evaluation"], summary["reward"]
@@ -200,8 +272,10 @@ def verdict(
     if metric is None:
         return f"The reward {reward} was not measured on held-out texts."
     change = {"rose": "rose", "fell": "fell"}.get(direction(metric), "did not clearly change")
-    return (f"Held-out {reward} {change}: {metric['base']:.3f} to {metric['tuned']:.3f}, difference {metric['difference']:+.3f} "
-            f"(95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric.get('n', evaluation['n'])} texts).")
+    return (
+        f"Held-out {reward} {change}: {metric['base']:.3f} to {metric['tuned']:.3f}, difference {metric['difference']:+.3f} "
+        f"(95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric.get('n', evaluation['n'])} texts)."
+    )
 
 # %% ../nbs/50_evaluate.ipynb #1701c54f
 CAUTION = "A rise is evidence only beside the same run with --control shuffle-advantages: drift of the weights can raise a reward too."
@@ -210,7 +284,9 @@ CAUTION = "A rise is evidence only beside the same run with --control shuffle-ad
 def ordered(metrics, reward):
     "Names of the measurements as tables show them: the reward, its parts, other judges, then what needs no judge."
     judges = [name for name in metrics if name not in LABELS]
-    judges.sort(key=lambda name: ["the reward", "part of the reward", "not the reward"].index(role(name, reward)))
+    judges.sort(
+        key=lambda name: ["the reward", "part of the reward", "not the reward"].index(role(name, reward))
+    )
     return judges + [name for name in LABELS if name in metrics]
 
 
@@ -219,7 +295,9 @@ def drift_lines(drift):
     lines = []
     if "diffusion_loss/base" in drift:
         before, after = drift["diffusion_loss/base"], drift["diffusion_loss/tuned"]
-        lines.append(f"{'denoising loss on recordings':<32}{before:>9.4f}{after:>9.4f}{after - before:>+13.4f}")
+        lines.append(
+            f"{'denoising loss on recordings':<32}{before:>9.4f}{after:>9.4f}{after - before:>+13.4f}"
+        )
     return lines + ([f"{'KL to the base, a sample':<32}{'':>9}{drift['kl']:>9.4f}"] if "kl" in drift else [])
 
 
@@ -228,29 +306,51 @@ def left_out_lines(evaluation):
     lines = []
     for one in evaluation.get("left_out", []):
         n = evaluation["metrics"].get(one["judge"], {}).get("n", 0)
-        lines += textwrap.wrap(f"left out of {one['judge']} on both sides (n = {n}): text {one['index'] + 1}, {one['text'][:40]!r}, "
-                               f"as spoken by the {one['system']} model: {one['reason']}", 100, subsequent_indent="  ")
+        lines += textwrap.wrap(
+            f"left out of {one['judge']} on both sides (n = {n}): text {one['index'] + 1}, {one['text'][:40]!r}, "
+            f"as spoken by the {one['system']} model: {one['reason']}",
+            100,
+            subsequent_indent="  ",
+        )
     return lines + [""] if lines else []
 
 
 def format_table(
-    summary, # summary.json of a run: evaluation, method, reward, control, seed, episodes, minutes
-) -> str: # at most 100 columns
+    summary,  # summary.json of a run: evaluation, method, reward, control, seed, episodes, minutes
+) -> str:  # at most 100 columns
     "The evaluation of a run as plain text for the terminal."
     evaluation = summary["evaluation"]
     control = summary["control"]
-    lines = [*textwrap.wrap(f"{summary['method']}, reward {summary['reward']}, control {control}, seed {summary['seed']}, "
-                            f"{summary['episodes']} episodes", 100), f"{evaluation['n']} held-out texts, base and tuned model from the same noise", ""]
+    lines = [
+        *textwrap.wrap(
+            f"{summary['method']}, reward {summary['reward']}, control {control}, seed {summary['seed']}, "
+            f"{summary['episodes']} episodes",
+            100,
+        ),
+        f"{evaluation['n']} held-out texts, base and tuned model from the same noise",
+        "",
+    ]
     lines += [f"{'':<32}{'base':>9}{'tuned':>9}{'tuned - base':>13}   95 % interval"]
     for name in ordered(evaluation["metrics"], summary["reward"]):
-        m, label = evaluation["metrics"][name], LABELS.get(name) or f"{name} ({role(name, summary['reward'])})"
+        m, label = (
+            evaluation["metrics"][name],
+            LABELS.get(name) or f"{name} ({role(name, summary['reward'])})",
+        )
         interval = f"{m['low']:+.3f} to {m['high']:+.3f}"
-        lines += [f"{label[:31]:<32}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['difference']:>+13.3f}   {interval:<18}{direction(m)}".rstrip()]
+        lines += [
+            f"{label[:31]:<32}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['difference']:>+13.3f}   {interval:<18}{direction(m)}".rstrip()
+        ]
     if "log_mel_distance" in evaluation:
-        lines += [f"{'log-mel distance, tuned to base':<32}{'':>9}{evaluation['log_mel_distance']['mean']:>9.3f}"]
-    lines += [f"{'duration, tuned over base':<32}{'':>9}{evaluation['duration_ratio']:>9.3f}", *drift_lines(summary.get("drift", {})), "",
-              *left_out_lines(evaluation),
-              *textwrap.wrap(verdict(summary), 100)]
+        lines += [
+            f"{'log-mel distance, tuned to base':<32}{'':>9}{evaluation['log_mel_distance']['mean']:>9.3f}"
+        ]
+    lines += [
+        f"{'duration, tuned over base':<32}{'':>9}{evaluation['duration_ratio']:>9.3f}",
+        *drift_lines(summary.get("drift", {})),
+        "",
+        *left_out_lines(evaluation),
+        *textwrap.wrap(verdict(summary), 100),
+    ]
     return "\n".join(lines + (textwrap.wrap(CAUTION, 100) if control == "none" else []))
 
 # %% ../nbs/50_evaluate.ipynb #2e561ba2
@@ -315,54 +415,75 @@ examples:
 @dataclass
 class EvaluateConfig:
     "What is compared, on which texts, by which judges."
-    systems: tyro.conf.Positional[tuple[str, ...]] = () # runs, checkpoints, folders of recordings
-    ground_truth: str = "" # folder of a human's recordings of the texts, a row of its own
-    texts: str = "" # a file with one text a line, or packaged (the held-out texts); empty: texts.txt of the first folder that has one, else packaged
-    heldout: int = 64 # the first N of the texts; 0: all
-    metrics: str = "dnsmos,nisqa,utmos,wer" # judges, by name or formula
-    level_normalised: bool = True # hear each utterance at -26 dBFS RMS as well
-    test: Literal["t", "wilcoxon"] = "t" # the paired test whose p is corrected and shown; the other one is in evaluation.json
-    rollout_steps: int = 0 # denoising steps; 0: those of the first run, 10 without a run
-    spacing: Literal["", "geometric", "trailing"] = "" # how they are chosen; empty: as in the first run, geometric without a run
-    seed: int = 0 # of the noise
-    nisqa_weights: str = "" # path of nisqa.tar; empty: looked up
-    utmos_weights: str = "" # path of the UTMOS weights; empty: looked up
-    whisper: str = "" # path of the Whisper model that wer listens with; empty: looked up
-    out: str = "" # folder of the results, new or to go on with; empty: a new one in evaluations/
-    device: str = "auto" # of the models: cpu, cuda or auto
-    threads: int = 0 # CPU threads; 0: as many as torch chooses
+
+    systems: tyro.conf.Positional[tuple[str, ...]] = ()  # runs, checkpoints, folders of recordings
+    ground_truth: str = ""  # folder of a human's recordings of the texts, a row of its own
+    texts: str = ""  # a file with one text a line, or packaged (the held-out texts); empty: texts.txt of the first folder that has one, else packaged
+    heldout: int = 64  # the first N of the texts; 0: all
+    metrics: str = "dnsmos,nisqa,utmos,wer"  # judges, by name or formula
+    level_normalised: bool = True  # hear each utterance at -26 dBFS RMS as well
+    test: Literal["t", "wilcoxon"] = (
+        "t"  # the paired test whose p is corrected and shown; the other one is in evaluation.json
+    )
+    rollout_steps: int = 0  # denoising steps; 0: those of the first run, 10 without a run
+    spacing: Literal["", "geometric", "trailing"] = (
+        ""  # how they are chosen; empty: as in the first run, geometric without a run
+    )
+    seed: int = 0  # of the noise
+    nisqa_weights: str = ""  # path of nisqa.tar; empty: looked up
+    utmos_weights: str = ""  # path of the UTMOS weights; empty: looked up
+    whisper: str = ""  # path of the Whisper model that wer listens with; empty: looked up
+    out: str = ""  # folder of the results, new or to go on with; empty: a new one in evaluations/
+    device: str = "auto"  # of the models: cpu, cuda or auto
+    threads: int = 0  # CPU threads; 0: as many as torch chooses
 
 # %% ../nbs/50_evaluate.ipynb #d03cf38e
 # what a judge's weights are called in the settings, in the judge's own options, and in the environment
 NISQA_WEIGHTS = ("nisqa_weights", "weights", "DLPO_NISQA_WEIGHTS")
-WEIGHTS = dict(nisqa=NISQA_WEIGHTS, nisqa_normalised=NISQA_WEIGHTS, utmos=("utmos_weights", "weights", "DLPO_UTMOS_WEIGHTS"),
-               wer=("whisper", "model", "DLPO_WHISPER_MODEL"))
+WEIGHTS = dict(
+    nisqa=NISQA_WEIGHTS,
+    nisqa_normalised=NISQA_WEIGHTS,
+    utmos=("utmos_weights", "weights", "DLPO_UTMOS_WEIGHTS"),
+    wer=("whisper", "model", "DLPO_WHISPER_MODEL"),
+)
 
 
 def judge_options(name, config, uncut=False):
     "Options of the judge called `name`, or of the parts of a formula: its weights, the device where it has one, and error rates as they are."
     if not name.isidentifier():
-        return {part: options for part in parse_formula(name) if (options := judge_options(part, config, uncut))}
+        return {
+            part: options for part in parse_formula(name) if (options := judge_options(part, config, uncut))
+        }
     setting, option, _ = WEIGHTS.get(name, ("", "", ""))
     options = {option: value} if (value := getattr(config, setting, "")) else {}
     options |= {"most": math.inf} if uncut and name == "wer" else {}
     kind = REWARDS.entries.get(name)
-    return options | ({"device": config.device} if kind and "device" in inspect.signature(kind).parameters else {})
+    return options | (
+        {"device": config.device} if kind and "device" in inspect.signature(kind).parameters else {}
+    )
 
 
 def identity(name, config):
     "What else than the sound a judge's score depends on: its weights, as given or from the environment."
     parts = [name] if name.isidentifier() else parse_formula(name)
-    default = dict(wer="tiny.en" if packaged_whisper() else "pocketsphinx")  # who listens where nobody was named
-    return {part: getattr(config, WEIGHTS[part][0]) or os.environ.get(WEIGHTS[part][2]) or default.get(part, "") for part in parts if part in WEIGHTS}
+    default = dict(
+        wer="tiny.en" if packaged_whisper() else "pocketsphinx"
+    )  # who listens where nobody was named
+    return {
+        part: getattr(config, WEIGHTS[part][0]) or os.environ.get(WEIGHTS[part][2]) or default.get(part, "")
+        for part in parts
+        if part in WEIGHTS
+    }
 
 
-def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
+def find_judges(config) -> tuple:  # dict of name -> reward, list of sentences
     "The judges of --metrics that can be had, why each other one is left out, and who heard the words; UserError where none is left."
     judges, left_out = {}, []
     for name in dict.fromkeys(name.strip() for name in config.metrics.split(",") if name.strip()):
         try:
-            judges[name] = get_reward(name, **judge_options(name, config, uncut=True)) # a report cuts nothing
+            judges[name] = get_reward(
+                name, **judge_options(name, config, uncut=True)
+            )  # a report cuts nothing
         except UserError as error:
             left_out.append(f"{name} is left out: {error}")
     if "wer" in judges and (recogniser := getattr(judges["wer"], "recognise", None)):
@@ -372,7 +493,9 @@ def find_judges(config) -> tuple: # dict of name -> reward, list of sentences
     return judges, left_out
 
 # %% ../nbs/50_evaluate.ipynb #1f5b3681
-LEVEL = -26.0 # dBFS RMS of the level-normalised utterances (the customary level of speech in listening tests)
+LEVEL = (
+    -26.0
+)  # dBFS RMS of the level-normalised utterances (the customary level of speech in listening tests)
 
 
 def at_level(audio, level=LEVEL):
@@ -393,7 +516,7 @@ def ask(judge, name, audio, texts):
     return scores
 
 
-class ScoreBook:
+class ScoreCache:
     "Scores that were given already: a line of scores.jsonl each, found by judge, weights, text and sound."
 
     def __init__(self, path):
@@ -402,12 +525,22 @@ class ScoreBook:
 
     def ask(self, judge, name, weights, audio, texts, progress=None):
         "Scores of all utterances, those not in the book by asking `judge`; float, or a UserError where there is none."
-        keys = [hashlib.sha256(json.dumps([name, weights, text]).encode() + x.numpy().tobytes()).hexdigest() for x, text in zip(audio, texts)]
-        found, new = [self.known.get(key) for key in keys], [i for i, key in enumerate(keys) if key not in self.known]
-        with tqdm(total=len(new), desc=progress, unit="text", leave=False, disable=progress is None or not new) as bar:
+        keys = [
+            hashlib.sha256(json.dumps([name, weights, text]).encode() + x.numpy().tobytes()).hexdigest()
+            for x, text in zip(audio, texts)
+        ]
+        found, new = (
+            [self.known.get(key) for key in keys],
+            [i for i, key in enumerate(keys) if key not in self.known],
+        )
+        with tqdm(
+            total=len(new), desc=progress, unit="text", leave=False, disable=progress is None or not new
+        ) as bar:
             for i in range(0, len(new), 8):
-                some = new[i:i + 8]
-                for j, score in zip(some, ask(judge, name, [audio[j] for j in some], [texts[j] for j in some])):
+                some = new[i : i + 8]
+                for j, score in zip(
+                    some, ask(judge, name, [audio[j] for j in some], [texts[j] for j in some])
+                ):
                     found[j] = score
                     if isinstance(score, float):
                         self.known[keys[j]] = score
@@ -423,14 +556,19 @@ def sound_keys(system, texts, schedule, seed):
     except OSError as error:
         raise UserError(f"cannot read {system.path}: {error.strerror}") from error
     levels = schedule.alphas_cumprod.tolist()
-    return [hashlib.sha256(json.dumps([model, levels, seed, i, text]).encode()).hexdigest() for i, text in enumerate(texts)]
+    return [
+        hashlib.sha256(json.dumps([model, levels, seed, i, text]).encode()).hexdigest()
+        for i, text in enumerate(texts)
+    ]
 
 
 def load_model(system):
     "The model of a system; UserError where it cannot be read or speaks at another rate."
     model = load_policy(system.path)
     if model.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{system.path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz")
+        raise UserError(
+            f"{system.path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz"
+        )
     return model
 
 
@@ -451,13 +589,25 @@ def speak(system, texts, schedule, seed, folder, device):
             failed[i] = UserError(f"{error}".replace(f"{folder}{os.sep}.", ""))
 
     if len(there) < len(texts):
-        synthesise_all(load_model(system).to(device), texts, schedule, seed, progress=system.name, skip=there, on_audio=keep)
+        synthesise_all(
+            load_model(system).to(device),
+            texts,
+            schedule,
+            seed,
+            progress=system.name,
+            skip=there,
+            on_audio=keep,
+        )
         with atomic_write(folder / "texts.txt") as path:
-            path.write_text("".join(f"{Path(name).stem}|{text}\n" for name, text in zip(names, texts)), encoding="utf-8")
+            path.write_text(
+                "".join(f"{Path(name).stem}|{text}\n" for name, text in zip(names, texts)), encoding="utf-8"
+            )
     return failed
 
 # %% ../nbs/50_evaluate.ipynb #73491a8d
-def read_system(system, paths, failed) -> tuple: # {index: audio (N,)}, list of notes; what cannot be read is added to `failed`
+def read_system(
+    system, paths, failed
+) -> tuple:  # {index: audio (N,)}, list of notes; what cannot be read is added to `failed`
     "The recordings of a system, for each text a path or None."
     clips, notes = {}, []
     for i, path in enumerate(paths):
@@ -479,7 +629,9 @@ def levelled_name(judge, judges):
     return None if judge == "wer" or judge.endswith("_normalised") or name in judges else name
 
 
-def judge_system(name, clips, texts, judges, book, config) -> tuple: # a row for each text, list of (index, reason)
+def judge_system(
+    name, clips, texts, judges, book, config
+) -> tuple:  # a row for each text, list of (index, reason)
     "Everything measured of a system's utterances; a row has no entry for what could not be measured."
     rows, failed, order = [dict(text=text) for text in texts], [], sorted(clips)
     said = [texts[i] for i in order]
@@ -491,7 +643,10 @@ def judge_system(name, clips, texts, judges, book, config) -> tuple: # a row for
             if key is None:
                 continue
             heard = [change(clips[i]) if change else clips[i] for i in order]
-            for i, score in zip(order, book.ask(judge, judge_name, identity(judge_name, config), heard, said, f"{name}: {key}")):
+            for i, score in zip(
+                order,
+                book.ask(judge, judge_name, identity(judge_name, config), heard, said, f"{name}: {key}"),
+            ):
                 if isinstance(score, float):
                     rows[i][key] = score
                 elif (i, str(score)) not in failed:
@@ -516,18 +671,29 @@ def choose_texts(config, systems):
     return texts
 
 
-def choose_schedule(config, systems) -> tuple: # NoiseSchedule, list of notes
+def choose_schedule(config, systems) -> tuple:  # NoiseSchedule, list of notes
     "The schedule that all models speak with: as said, or else as the first run was tuned."
     tuned = {}
     for system in systems:
         run = system.path.parent.parent
-        if system.kind == "model" and system.path.parent.name == "checkpoints" and (run / "config.json").is_file():
+        if (
+            system.kind == "model"
+            and system.path.parent.name == "checkpoints"
+            and (run / "config.json").is_file()
+        ):
             stored = RunDir(run, create=False).read_json("config.json")
             tuned[system.name] = (stored.get("rollout_steps", 10), stored.get("spacing", "geometric"))
     steps, spacing = next(iter(tuned.values()), (10, "geometric"))
     chosen = (config.rollout_steps or steps, config.spacing or spacing)
-    notes = [f"{name} was tuned with {own[0]} {own[1]} steps and is heard with {chosen[0]} {chosen[1]} ones" for name, own in tuned.items() if own != chosen]
-    return NoiseSchedule.linear().respaced(*chosen), [f"models speak in {chosen[0]} {chosen[1]} steps, noise seed {config.seed}", *notes]
+    notes = [
+        f"{name} was tuned with {own[0]} {own[1]} steps and is heard with {chosen[0]} {chosen[1]} ones"
+        for name, own in tuned.items()
+        if own != chosen
+    ]
+    return NoiseSchedule.linear().respaced(*chosen), [
+        f"models speak in {chosen[0]} {chosen[1]} steps, noise seed {config.seed}",
+        *notes,
+    ]
 
 
 def open_folder(config, systems):
@@ -538,7 +704,9 @@ def open_folder(config, systems):
         while (path := Path("evaluations") / (name if number == 1 else f"{name}-{number}")).exists():
             number += 1
     if (path / "config.json").exists():
-        raise UserError(f"{path} holds a run, whose own evaluation would be overwritten; choose another --out")
+        raise UserError(
+            f"{path} holds a run, whose own evaluation would be overwritten; choose another --out"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -546,11 +714,21 @@ def open_folder(config, systems):
     return path
 
 # %% ../nbs/50_evaluate.ipynb #38d44ad5
-def measure_systems(config, systems, texts, judges, out, schedule) -> tuple: # {system: rows}, failures, notes
+def measure_systems(
+    config, systems, texts, judges, out, schedule
+) -> tuple:  # {system: rows}, failures, notes
     "Let every system speak or be read, and be judged; failures are dicts of system, index, text, reason."
-    cut = texts[:config.heldout or None]
-    matched = {s.name: match_files(s.path, texts)[:len(cut)] for s in systems if s.kind == "audio"} # before anything takes time
-    book, device, rows, failures, notes = ScoreBook(out / "scores.jsonl"), pick_device(config.device), {}, [], []
+    cut = texts[: config.heldout or None]
+    matched = {
+        s.name: match_files(s.path, texts)[: len(cut)] for s in systems if s.kind == "audio"
+    }  # before anything takes time
+    book, device, rows, failures, notes = (
+        ScoreCache(out / "scores.jsonl"),
+        pick_device(config.device),
+        {},
+        [],
+        [],
+    )
     for s in systems:
         failed = {}
         if s.kind == "model":
@@ -561,19 +739,29 @@ def measure_systems(config, systems, texts, judges, out, schedule) -> tuple: # {
         rows[s.name], unheard = judge_system(s.name, clips, cut, judges, book, config)
         notes += changed
         reasons = [(i, str(error)) for i, error in failed.items()] + unheard
-        failures += [dict(system=s.name, index=i, text=cut[i], reason=reason) for i, reason in sorted(reasons)]
+        failures += [
+            dict(system=s.name, index=i, text=cut[i], reason=reason) for i, reason in sorted(reasons)
+        ]
     if not any("seconds" in row for own in rows.values() for row in own):
-        raise UserError(f"no utterance can be judged; the first: {failures[0]['system']}, text 1: {failures[0]['reason']}")
+        raise UserError(
+            f"no utterance can be judged; the first: {failures[0]['system']}, text 1: {failures[0]['reason']}"
+        )
     return rows, failures, notes
 
 
-SHORT = dict(seconds="duration, s", rms_db="RMS, dBFS", noise_floor_db="noise, dBFS", clipped_share="clipped, %")
+SHORT = dict(
+    seconds="duration, s", rms_db="RMS, dBFS", noise_floor_db="noise, dBFS", clipped_share="clipped, %"
+)
 
 
 def measures_of(judges, level_normalised):
     "Names in the rows and their labels: judges, judges at one level, and what needs no judge."
     plainly = {name: f"{name}, %" if name == "wer" else name for name in judges}
-    levelled = {key: f"{name} @ {LEVEL:.0f} dB" for name in judges if level_normalised and (key := levelled_name(name, judges))}
+    levelled = {
+        key: f"{name} @ {LEVEL:.0f} dB"
+        for name in judges
+        if level_normalised and (key := levelled_name(name, judges))
+    }
     return plainly, levelled, SHORT
 
 # %% ../nbs/50_evaluate.ipynb #65a1a6fa
@@ -590,7 +778,11 @@ def pooled_rates(rows):
     "Word error rate over all words of the texts heard and refused of no system, a share, of each system that has one; in {system: rows}."
     heard, _ = values_of(rows, "wer")
     words = [len(spoken_words(row["text"])) for row in next(iter(rows.values()), [])]
-    return {system: sum(rate * words[i] for i, rate in own.items()) / sum(words[i] for i in own) for system, own in heard.items() if own}
+    return {
+        system: sum(rate * words[i] for i, rate in own.items()) / sum(words[i] for i in own)
+        for system, own in heard.items()
+        if own
+    }
 
 
 def evaluation_text(evaluation):
@@ -599,11 +791,21 @@ def evaluation_text(evaluation):
     parts = [f"{evaluation['texts']} texts; mean ± standard deviation", table_of_means(evaluation)]
     parts += [table_against(evaluation, name) for name in judged]
     if pooled := evaluation["pooled_wer"]:
-        parts += ["wer, % of all words of all texts: " + ", ".join(f"{system} {100 * rate:.1f}" for system, rate in pooled.items())]
+        parts += [
+            "wer, % of all words of all texts: "
+            + ", ".join(f"{system} {100 * rate:.1f}" for system, rate in pooled.items())
+        ]
     parts += ["\n".join(lines)] if (lines := contradictions(evaluation, judged)) else []
-    failures = [f"  {f['system']}, text {f['index'] + 1} ({f['text'][:40]}): {f['reason']}" for f in evaluation["failures"]]
+    failures = [
+        f"  {f['system']}, text {f['index'] + 1} ({f['text'][:40]}): {f['reason']}"
+        for f in evaluation["failures"]
+    ]
     broken = {(f["system"], f["index"]) for f in evaluation["failures"]}
-    parts += ["\n".join([f"{len(broken)} could not be judged, or not by every judge:", *failures])] if failures else []
+    parts += (
+        ["\n".join([f"{len(broken)} could not be judged, or not by every judge:", *failures])]
+        if failures
+        else []
+    )
     return "\n\n".join(parts + (["\n".join(evaluation["notes"])] if evaluation["notes"] else []))
 
 
@@ -623,16 +825,21 @@ def draw_evaluation(evaluation, out):
 def write_evaluation(evaluation, rows, out):
     "Write everything but the sounds and scores into the folder `out`."
     write_rows(out / "evaluation.csv", rows)
-    for name, text in (("evaluation.json", json.dumps(plain(evaluation), indent=2)), ("table.txt", evaluation_text(evaluation))):
+    for name, text in (
+        ("evaluation.json", json.dumps(plain(evaluation), indent=2)),
+        ("table.txt", evaluation_text(evaluation)),
+    ):
         with atomic_write(out / name) as path:
             path.write_text(text + "\n", encoding="utf-8")
     draw_evaluation(evaluation, out)
 
 
-def evaluate(config) -> dict: # what evaluation.json holds
+def evaluate(config) -> dict:  # what evaluation.json holds
     "Compare systems as `config` says, write everything into its folder, and print the tables."
     if not config.systems and not config.ground_truth:
-        raise UserError("no system given: name runs, checkpoints or folders of recordings, as in python -m dlpo_nb.evaluate runs/mine")
+        raise UserError(
+            "no system given: name runs, checkpoints or folders of recordings, as in python -m dlpo_nb.evaluate runs/mine"
+        )
     if min(config.heldout, config.rollout_steps, config.threads) < 0:
         raise UserError("--heldout, --rollout-steps and --threads must not be negative")
     if config.threads:
@@ -640,18 +847,32 @@ def evaluate(config) -> dict: # what evaluation.json holds
     systems, notes = find_systems(config.systems, config.ground_truth or None)
     texts, (judges, left_out) = choose_texts(config, systems), find_judges(config)
     schedule, about = choose_schedule(config, systems)
-    for system in systems: # a checkpoint that cannot be read is known before the first one speaks
+    for system in systems:  # a checkpoint that cannot be read is known before the first one speaks
         if system.kind == "model":
             load_model(system)
     notes += (about if any(system.kind == "model" for system in systems) else []) + left_out
     out = open_folder(config, systems)
     rows, failures, changed = measure_systems(config, systems, texts, judges, out, schedule)
     plainly, levelled, neutral = measures_of(judges, config.level_normalised)
-    lower = [key for name, judge in judges.items() if judge.lower_is_better for key in (name, levelled_name(name, judges))]
-    evaluation = compare_systems(rows, plainly | levelled | neutral, baseline(systems).name, config.test, lower, neutral)
-    evaluation |= dict(pooled_wer=pooled_rates(rows), judges=[*plainly, *levelled], judges_asked=list(plainly), failures=failures, notes=notes + changed,
-                       systems={s.name: dict(kind=s.kind, role=s.role, path=s.path) for s in systems},
-                       settings=asdict(config), environment=environment())
+    lower = [
+        key
+        for name, judge in judges.items()
+        if judge.lower_is_better
+        for key in (name, levelled_name(name, judges))
+    ]
+    evaluation = compare_systems(
+        rows, plainly | levelled | neutral, baseline(systems).name, config.test, lower, neutral
+    )
+    evaluation |= dict(
+        pooled_wer=pooled_rates(rows),
+        judges=[*plainly, *levelled],
+        judges_asked=list(plainly),
+        failures=failures,
+        notes=notes + changed,
+        systems={s.name: dict(kind=s.kind, role=s.role, path=s.path) for s in systems},
+        settings=asdict(config),
+        environment=environment(),
+    )
     write_evaluation(evaluation, rows, out)
     print(f"{evaluation_text(evaluation)}\n\nresults: {out}")
     return evaluation
@@ -662,7 +883,9 @@ def main(argv=None):
     try:
         evaluate(tyro.cli(EvaluateConfig, prog="python -m dlpo_nb.evaluate", description=MANUAL, args=argv))
     except KeyboardInterrupt:
-        raise UserError("interrupted; what was spoken and judged is kept: name the same --out again to go on") from None
+        raise UserError(
+            "interrupted; what was spoken and judged is kept: name the same --out again to go on"
+        ) from None
 
 # %% ../nbs/50_evaluate.ipynb #c9cdd329
 #| eval: false

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .config import FinetuneConfig
 from .core import UserError, keyed_generator, save_tensors
 from .denoising import denoising_losses, recorded_loss
-from .distributed import fail_together, gather_rows, rank
+from .distributed import abort_all, gather_rows, rank
 from .gradients import Gradients, Log
 from .lora import Reference, add_lora
 from .mdp import replay, step_weight
@@ -34,30 +34,42 @@ class Loop:
         "Run the next episode: one batch of fresh speech, and what is learnt from it; returns its metrics."
         e, start = self.next_episode, clock(self)
         with ScoringQueue(self.reward) as queue, autocast(self):
-            rollouts = collect(self, e, queue) # each is scored in the background while the next is sampled
+            rollouts = collect(self, e, queue)  # each is scored in the background while the next is sampled
             spoken = clock(self)
-            rewards = score_audio(self, rollouts, queue) # (batch,)
+            rewards = score_audio(self, rollouts, queue)  # (batch,)
         scored = clock(self)
-        advantages = make_advantages(self, rewards, e) # (batch,)
+        advantages = make_advantages(self, rewards, e)  # (batch,)
         stats = self.update(rollouts, advantages.to(self.device), e)
         end = clock(self)
         self.next_episode += 1
-        seconds = {"seconds": end - start, "seconds/rollout": spoken - start, "seconds/reward": scored - spoken,
-                   "seconds/update": end - scored}
-        return {"episode": e, **reward_statistics(self, rewards), **stats, "advantage/std": float(advantages.std(correction=0)),
-                **rollout_statistics(self, rollouts, queue), **seconds}
+        seconds = {
+            "seconds": end - start,
+            "seconds/rollout": spoken - start,
+            "seconds/reward": scored - spoken,
+            "seconds/update": end - scored,
+        }
+        return {
+            "episode": e,
+            **reward_statistics(self, rewards),
+            **stats,
+            "advantage/std": float(advantages.std(correction=0)),
+            **rollout_statistics(self, rollouts, queue),
+            **seconds,
+        }
 
     def update(self, rollouts, advantages, e) -> dict:
         "Learn from a batch; returns the statistics of the first epoch, and of the last one how far the ratio has moved."
         first, penalty = {}, None
         for epoch in range(self.config.inner_epochs):
             gradients, log = Gradients(self.parameters), Log()
-            with autocast(self): # anew each time: inside, it keeps the weights of before the step
+            with autocast(self):  # anew each time: inside, it keeps the weights of before the step
                 for piece in denoising_slices(self, rollouts, advantages, e, epoch, log):
                     loss = self.objective(piece.replay)
                     gradients.add(loss, piece.weight)
                     log.add(piece.weight, loss.total, loss.stats | piece.stats)
-                penalty = in_reward_penalty(self, rollouts, log) if penalty is None else penalty # (batch,), or None
+                penalty = (
+                    in_reward_penalty(self, rollouts, log) if penalty is None else penalty
+                )  # (batch,), or None
                 for trajectory in rollouts if "policy" in self.objective.needs else []:
                     for step in range(len(trajectory.steps)):
                         piece = policy_slice(self, trajectory, step, advantages, penalty)
@@ -69,7 +81,9 @@ class Loop:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             check_norm(norm, e)
             stats = log.means()
-            first = first or stats | self.watch(rollouts, stats, e) | gradients.norms() | {"grad_norm": float(norm)}
+            first = first or stats | self.watch(rollouts, stats, e) | gradients.norms() | {
+                "grad_norm": float(norm)
+            }
             self.optimiser.step()
         return first | {name: value for name, value in stats.items() if name.startswith("ratio/")}
 
@@ -82,14 +96,16 @@ class Finetuner(Loop):
         config.check()
         self.config, self.reward, self.texts, self.corpus = config, reward, texts, corpus
         self.objective, self.device, self.ids = config.objective, torch.device(device), model.encode(texts)
-        self.model = model.to(self.device).eval() # no dropout: rollout and replay must agree
+        self.model = model.to(self.device).eval()  # no dropout: rollout and replay must agree
         self.reference = choose_trained(config, self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         self.schedule, self.levels = config.schedule(model), model.training_schedule().levels.float()
         if "denoising" in self.objective.needs and self.objective.denoising_source == "data" and not corpus:
-            raise UserError("the denoising loss is to be taken on recorded speech, but there is none; give a corpus or say "
-                            "--denoising-source sample.")
+            raise UserError(
+                "the denoising loss is to be taken on recorded speech, but there is none; give a corpus or say "
+                "--denoising-source sample."
+            )
         self.buffer, self.next_episode = self.objective.new_buffer(), 0
 
     def watch(self, rollouts, stats, e) -> dict:
@@ -101,23 +117,28 @@ class Finetuner(Loop):
     def state_dict(self):
         "All that is needed to resume."
         kept = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "buffer")}
-        return kept | {"reward": as_reward(self.reward).state_dict(), "next_episode": self.next_episode, "method": self.config.method}
+        return kept | {
+            "reward": as_reward(self.reward).state_dict(),
+            "next_episode": self.next_episode,
+            "method": self.config.method,
+        }
 
     def load_state_dict(self, state):
         "Resume from a `state_dict`."
         for name in ("model", "optimiser", "buffer"):
             getattr(self, name).load_state_dict(state[name])
         as_reward(self.reward).load_state_dict(state["reward"])
-        for group in self.optimiser.param_groups: # may be another one than before
+        for group in self.optimiser.param_groups:  # may be another one than before
             group["lr"] = self.config.learning_rate
         self.next_episode = state["next_episode"]
 
 # %% ../nbs/40_finetune.ipynb #47fc12e8
 class Slice(NamedTuple):
     "What an objective is called with, and how much of the batch it is."
-    replay: Replay # (b,)
+
+    replay: Replay  # (b,)
     weight: float
-    stats: dict # to be logged beside those of the loss
+    stats: dict  # to be logged beside those of the loss
 
 
 def policy_slice(tuner, t, s, advantages, penalty) -> Slice:
@@ -129,7 +150,11 @@ def policy_slice(tuner, t, s, advantages, penalty) -> Slice:
     group = torch.tensor(t.rows, device=log_prob.device) // c.group_size
     weight = step_weight(c.train_steps, c.rollout_steps) * len(t.x_0) / c.batch_size
     subtracted = None if penalty is None else penalty[t.rows]
-    return Slice(Replay(advantages[t.rows], log_prob, t.log_prob[s], kl, subtracted, None, reference, group), weight, {})
+    return Slice(
+        Replay(advantages[t.rows], log_prob, t.log_prob[s], kl, subtracted, None, reference, group),
+        weight,
+        {},
+    )
 
 
 def denoising_slices(tuner, trajectories, advantages, e, epoch, log):
@@ -140,7 +165,7 @@ def denoising_slices(tuner, trajectories, advantages, e, epoch, log):
     name = "diffusion_loss" if source == "data" else "diffusion_loss/sample"
     for _, rows, d, durations in denoising_losses(tuner, trajectories, source, e, epoch):
         log.add_rows(rows, d, c.denoising_steps)
-        own = None if source == "data" else advantages[rows] # recordings have no reward
+        own = None if source == "data" else advantages[rows]  # recordings have no reward
         replayed = Replay(own, denoising=d + c.duration_weight * durations)
         yield Slice(replayed, len(d) / (c.batch_size * c.denoising_steps), {name: d.detach().mean()})
 
@@ -193,7 +218,9 @@ def reward_statistics(tuner, rewards) -> dict:
 def check_norm(norm, e):
     "Stop all processes if the gradient is not finite."
     if not torch.isfinite(norm):
-        fail_together(f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint.")
+        abort_all(
+            f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume from the last checkpoint."
+        )
 
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
@@ -206,19 +233,29 @@ def load_state(tuner, path):
     try:
         state = torch.load(path, map_location=tuner.device, weights_only=True)
         if state["method"] != tuner.config.method:
-            raise UserError(f"this run was begun with --method {state['method']}; resume it with that, or start a new run "
-                            f"for {tuner.config.method}.")
+            raise UserError(
+                f"this run was begun with --method {state['method']}; resume it with that, or start a new run "
+                f"for {tuner.config.method}."
+            )
         tuner.load_state_dict(state)
     except UserError:
         raise
-    except Exception as error: # a broken file can fail anywhere in the reader
-        raise UserError(f"the state file {path} cannot be read ({type(error).__name__}); start the run anew without --resume.") from error
+    except Exception as error:  # a broken file can fail anywhere in the reader
+        raise UserError(
+            f"the state file {path} cannot be read ({type(error).__name__}); start the run anew without --resume."
+        ) from error
 
 
 def finetune(tuner, on_episode=None, progress=True):
     "Run the episodes that are left, calling on_episode(metrics) after each."
     total = tuner.config.episodes
-    bar = tqdm(total=total, initial=tuner.next_episode, disable=not progress or rank() > 0, unit="episode", desc=tuner.config.method)
+    bar = tqdm(
+        total=total,
+        initial=tuner.next_episode,
+        disable=not progress or rank() > 0,
+        unit="episode",
+        desc=tuner.config.method,
+    )
     with bar:
         while tuner.next_episode < total:
             metrics = tuner.episode()

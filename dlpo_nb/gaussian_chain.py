@@ -18,6 +18,7 @@ from .objectives.base import Replay, kl_divergence
 @dataclass
 class ChainSampler:
     "The 1-D chain under eps = eps* + b, a number or (n, 1) in float64; states are (n, 1)."
+
     schedule: NoiseSchedule = field(default_factory=lambda: NoiseSchedule.linear().respaced(10))
 
     def eps(self, x, t, b):
@@ -26,7 +27,10 @@ class ChainSampler:
 
     def rollout(self, b, n: int, generator) -> list:
         "n chains: x[t] is x_t, from the audio x[0] to the noise x[K]; step t leads from x[t + 1] to x[t]."
-        noise = [torch.randn(n, 1, generator=generator, dtype=torch.float64) for _ in range(self.schedule.num_steps + 1)]
+        noise = [
+            torch.randn(n, 1, generator=generator, dtype=torch.float64)
+            for _ in range(self.schedule.num_steps + 1)
+        ]
         x = [noise[-1]]
         for t in reversed(range(self.schedule.num_steps)):
             x.append(self.schedule.step(self.eps(x[-1], t, b), x[-1], t, noise[t], clip=False))
@@ -51,7 +55,7 @@ class GaussianChain(ChainSampler):
     "Adds what can be computed by hand, in float64."
 
     @cached_property
-    def shift(self): # C_t, (K,)
+    def shift(self):  # C_t, (K,)
         s = self.schedule
         return s.betas / (s.alphas * (1 - s.alphas_cumprod)).sqrt()
 
@@ -82,15 +86,17 @@ class GaussianChain(ChainSampler):
         return (b - b_ref) ** 2 * self.kappa
 
     @cached_property
-    def overlap(self): # c_k, (K,)
+    def overlap(self):  # c_k, (K,)
         return (self.schedule.alphas_cumprod * (1 - self.schedule.alphas_cumprod)).sqrt()
 
     def expected_denoising(self, b) -> float:
         "E[D] on the policy's own samples, squared error."
         c, m = self.overlap, self.mean(b)
-        return float((c**2 * (self.variance + m**2) + 2 * c * m * b + b**2 + self.schedule.alphas_cumprod**2).mean())
+        return float(
+            (c**2 * (self.variance + m**2) + 2 * c * m * b + b**2 + self.schedule.alphas_cumprod**2).mean()
+        )
 
-    def denoising_slopes(self, b) -> tuple: # (direct, score)
+    def denoising_slopes(self, b) -> tuple:  # (direct, score)
         "The two parts of the gradient of E[D] that a method can see."
         pull = 2 * (self.overlap * self.mean(b) + b)
         return float(pull.mean()), float((pull * self.overlap).mean()) * self.slope
@@ -116,7 +122,9 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
             yield Replay(weights, log_prob, log_prob.detach(), kl, penalty)
 
 
-def chain_gradient(objective, chain, b: float, n: int, generator, reward, normalise=lambda r: r, b_ref=0.0, speech="sample") -> dict:
+def chain_gradient(
+    objective, chain, b: float, n: int, generator, reward, normalise=lambda r: r, b_ref=0.0, speech="sample"
+) -> dict:
     "Gradient of the loss for each of n samples, (n,): 'policy', 'penalty' and their sum 'total'. `reward` maps x_0 (n,) to (n,)."
     x = chain.rollout(b, n, generator)
     theta = torch.full((n, 1), b, dtype=torch.float64, requires_grad=True)

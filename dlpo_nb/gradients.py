@@ -8,7 +8,7 @@ __all__ = ['Gradients', 'Log']
 # %% ../nbs/39c_gradients.ipynb #55ae4645
 import torch
 
-from .distributed import add_up, gather
+from .distributed import all_reduce_sum, all_gather
 
 # %% ../nbs/39c_gradients.ipynb #91655ad9
 class Gradients:
@@ -22,7 +22,9 @@ class Gradients:
         parts = {name: getattr(loss, name) for name in ("policy", "penalty")}
         parts = {name: value for name, value in parts.items() if value is not None and value.requires_grad}
         for n, (name, value) in enumerate(parts.items(), 1):
-            grads = torch.autograd.grad(weight * value, self.parameters, retain_graph=n < len(parts), allow_unused=True)
+            grads = torch.autograd.grad(
+                weight * value, self.parameters, retain_graph=n < len(parts), allow_unused=True
+            )
             pairs = zip(self.parameters, grads)
             flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten() for p, grad in pairs])
             self.parts[name] = self.parts[name] + flat if name in self.parts else flat
@@ -35,8 +37,8 @@ class Gradients:
 
     def all_reduce(self):
         "Make them those of all processes."
-        for name in sorted(set().union(*gather(list(self.parts)))):
-            self.parts[name] = add_up(self.part(name))
+        for name in sorted(set().union(*all_gather(list(self.parts)))):
+            self.parts[name] = all_reduce_sum(self.part(name))
 
     def assign(self):
         "Make their sum the parameters' gradient."
@@ -62,15 +64,18 @@ class Log:
         "Enter a slice's loss and named statistics (numbers or 0-d), with its weight."
         self.entries.append((weight, torch.as_tensor(loss).detach(), stats or {}))
 
-    def add_rows(self, rows: list, values: torch.Tensor, count: int): # values (b,)
+    def add_rows(self, rows: list, values: torch.Tensor, count: int):  # values (b,)
         "Add one of `count` looks at each place in the batch to their mean."
         for row, value in zip(rows, values.detach()):
             self.per_row[row] = self.per_row.get(row, 0.0) + value / count
 
     def means(self) -> dict:
         "The total loss, and the mean of each statistic over those slices that have it."
-        mine = [(weight, float(loss), {k: float(v) for k, v in stats.items()}) for weight, loss, stats in self.entries]
-        entries = [entry for part in gather(mine) for entry in part]
+        mine = [
+            (weight, float(loss), {k: float(v) for k, v in stats.items()})
+            for weight, loss, stats in self.entries
+        ]
+        entries = [entry for part in all_gather(mine) for entry in part]
         means = {"loss": sum(weight * loss for weight, loss, _ in entries)}
         for name in dict.fromkeys(name for _, _, numbers in entries for name in numbers):
             pairs = [(weight, numbers[name]) for weight, _, numbers in entries if name in numbers]

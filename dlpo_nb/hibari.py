@@ -60,7 +60,9 @@ def check_hibari(sample_rate=RATE):
     if importlib.util.find_spec("hibari") is None:
         raise UserError(f"the voice hibari is not installed; {INSTALL}")
     if sample_rate not in (RATE, SAMPLE_RATE):
-        raise UserError(f"hibari speaks at {RATE} Hz, or resampled to {SAMPLE_RATE} Hz, not at {sample_rate}; give one of them as --sample-rate")
+        raise UserError(
+            f"hibari speaks at {RATE} Hz, or resampled to {SAMPLE_RATE} Hz, not at {sample_rate}; give one of them as --sample-rate"
+        )
 
 # %% ../nbs/03c_hibari.ipynb #77e5dbd3
 class Voice:
@@ -79,14 +81,19 @@ class Voice:
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has a class of its own for each failure
-            raise UserError(f"this hibari has no tensor {DURATIONS} in its graph: the version is not known; {INSTALL}") from error
+            raise UserError(
+                f"this hibari has no tensor {DURATIONS} in its graph: the version is not known; {INSTALL}"
+            ) from error
 
     def phonemes(
         self,
         text: str,  # any English; numbers and abbreviations are read as our front end reads them
     ) -> list[str]:
         "Its phones, one string for each sentence, without what the network has no symbol for."
-        return ["".join(c for c in sentence if c in self.hibari.vocab) for sentence in self.hibari.phonemize(normalise(text))]
+        return [
+            "".join(c for c in sentence if c in self.hibari.vocab)
+            for sentence in self.hibari.phonemize(normalise(text))
+        ]
 
     def __call__(
         self,
@@ -100,7 +107,9 @@ class Voice:
         *parts, steps = self.session.run(None, feeds)
         audio = dsp.synth(*(part[0] for part in parts), np.random.default_rng(seed))
         if len(steps) != len(phonemes) + 2 or UNIT * steps.sum() != len(audio):
-            raise UserError(f"this hibari counts durations in another unit than {UNIT} samples: the version is not known; {INSTALL}")
+            raise UserError(
+                f"this hibari counts durations in another unit than {UNIT} samples: the version is not known; {INSTALL}"
+            )
         return audio, steps.tolist()
 
 
@@ -110,10 +119,22 @@ def process_voice():
     return Voice()
 
 # %% ../nbs/03c_hibari.ipynb #9cb88ff2
-CONSONANT = dict(zip("bdfhjklmnpstvwzðŋɡɹʃʒʤʧθ", "B D F HH Y K L M N P S T V W Z DH NG G R SH ZH JH CH TH".split()))
+CONSONANT = dict(
+    zip("bdfhjklmnpstvwzðŋɡɹʃʒʤʧθ", "B D F HH Y K L M N P S T V W Z DH NG G R SH ZH JH CH TH".split())
+)
 # flap and glottal stop are kinds of t; then what only other languages have
-CONSONANT |= dict(zip("TɾʔSrcɟqxçχɣʁɻɽɖʈʂɳɲɴβɸɕʝʋɰɥʎʨʥꭧ", "T T T S R K G K K HH HH G R R D D T SH N N NG V F SH Y V W W L CH JH CH".split()))
-VOWEL = dict(zip("AIOQWYiuæɑɒɔɛɪᵻʊʌəᵊɐɜɚaeoøœyɨɯɤ", "EY AY OW OW AW OY IY UW AE AA AA AO EH IH IH UH AH AH AH AH ER ER AE EH OW ER EH UW IH UW AH".split()))
+CONSONANT |= dict(
+    zip(
+        "TɾʔSrcɟqxçχɣʁɻɽɖʈʂɳɲɴβɸɕʝʋɰɥʎʨʥꭧ",
+        "T T T S R K G K K HH HH G R R D D T SH N N NG V F SH Y V W W L CH JH CH".split(),
+    )
+)
+VOWEL = dict(
+    zip(
+        "AIOQWYiuæɑɒɔɛɪᵻʊʌəᵊɐɜɚaeoøœyɨɯɤ",
+        "EY AY OW OW AW OY IY UW AE AA AA AO EH IH IH UH AH AH AH AH ER ER AE EH OW ER EH UW IH UW AH".split(),
+    )
+)
 PAIR = {"ʦ": ("T", "S"), "ʣ": ("D", "Z")}
 PAUSE = frozenset(';:,.!?—…"()“”')
 STRESS = {"ˈ": "1", "ˌ": "2"}
@@ -174,7 +195,9 @@ def to_arpabet(
             row.symbol(letter, held + count)
             row.last = letter
         else:
-            raise UserError(f"{letter!r} in {phonemes[:40]!r} is not one of hibari's symbols; write phones as misaki does")
+            raise UserError(
+                f"{letter!r} in {phonemes[:40]!r} is not one of hibari's symbols; write phones as misaki does"
+            )
     row.add("sil", row.held + steps[-1])
     return row.names, row.steps
 
@@ -227,7 +250,11 @@ def cut_silence(
     if full_stop and end < len(level):
         rows.append(["sp", end, min(end + FINAL_STEPS, len(level))])
     names, starts, ends = zip(*rows)
-    return audio[UNIT * starts[0] : UNIT * ends[-1]], list(names), [end - start for start, end in zip(starts, ends)]
+    return (
+        audio[UNIT * starts[0] : UNIT * ends[-1]],
+        list(names),
+        [end - start for start, end in zip(starts, ends)],
+    )
 
 # %% ../nbs/03c_hibari.ipynb #6e81d6c1
 MERGED = ({"AA", "AO"}, {"AE", "EH"}, {"IH", "IY"})
@@ -310,7 +337,11 @@ def speak_texts(
         except (UserError, ValueError) as error:
             results.append((name, text, str(error)))
         else:
-            results.append(keep_utterance(out, name, text, audio, said.phones, frames, voice="hibari", sample_rate=sample_rate))
+            results.append(
+                keep_utterance(
+                    out, name, text, audio, said.phones, frames, voice="hibari", sample_rate=sample_rate
+                )
+            )
     return results
 
 
@@ -330,10 +361,14 @@ def _start_worker():
 def spoken(chunks, out, workers, sample_rate=SAMPLE_RATE):
     "An iterator over the results of `speak_texts`, a list for each chunk, in order, made by `workers` processes."
     work = partial(speak_texts, out=out, sample_rate=sample_rate)
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
     try:
         yield pool.map(work, chunks)
     except BrokenProcessPool as error:
-        raise UserError("a process that spoke was killed (out of memory?); give the same command again to go on, with fewer --workers") from error
+        raise UserError(
+            "a process that spoke was killed (out of memory?); give the same command again to go on, with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)

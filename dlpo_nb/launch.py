@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MANUAL', 'MAY_CHANGE', 'FREE', 'INPUTS', 'NEEDED', 'LaunchConfig', 'parse', 'read_flags', 'stored_config',
            'check_resumed', 'check_inputs', 'settings_said', 'check_given', 'load_base', 'load_reward', 'load_texts',
-           'load_recordings', 'goes_on', 'refuse_second', 'open_run', 'new_folder', 'banner', 'tensorboard', 'metadata',
-           'train', 'judges', 'speak', 'evaluate_run', 'SteadyPace', 'stand_in_base', 'stand_in_texts',
-           'stand_in_reward', 'stand_ins', 'shared_steps', 'affordable', 'memory', 'projected', 'dry_run', 'recorded',
-           'read_inputs', 'write_record', 'begin', 'finish', 'rehearse', 'texts_of', 'launch', 'carry_out',
-           'check_before', 'main']
+           'load_recordings', 'is_resuming', 'refuse_second', 'open_run', 'new_folder', 'banner', 'tensorboard',
+           'metadata', 'train', 'judges', 'speak', 'evaluate_run', 'SteadyPace', 'stand_in_base', 'stand_in_texts',
+           'stand_in_reward', 'stand_ins', 'shared_steps', 'cheaper_probe', 'memory', 'projected', 'dry_run',
+           'recorded', 'read_inputs', 'write_record', 'begin', 'finish', 'rehearse', 'load_all_texts', 'launch',
+           'carry_out', 'check_before', 'main']
 
 # %% ../nbs/42_launch.ipynb #93b633dc
 import contextlib
@@ -27,11 +27,33 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last, states
-from .core import (
-    RunDir, UserError, asset, base_path, fingerprint, in_force, lock_folder, plain, read_jsonl, record_changes, run_main, unlock_folders)
+from dlpo_nb.core import (
+    RunDir,
+    UserError,
+    asset,
+    base_path,
+    fingerprint,
+    in_force,
+    lock_folder,
+    plain,
+    read_jsonl,
+    record_changes,
+    run_main,
+    unlock_folders,
+)
 from .data import load_corpus
-from .distributed import (
-    begun_here, first_does, gather, join, rank, run_process, start_processes, under_torchrun, world_size, write_environment)
+from dlpo_nb.distributed import (
+    begun_here,
+    on_first_rank,
+    all_gather,
+    join,
+    rank,
+    run_process,
+    start_processes,
+    under_torchrun,
+    world_size,
+    write_environment,
+)
 from .config import FinetuneConfig, applicable, from_flags, renamed
 from .diagnostics import drift
 from .finetune import Finetuner, finetune, load_state
@@ -45,27 +67,36 @@ from .policies import load_policy
 @dataclass
 class LaunchConfig(FinetuneConfig):
     "Settings of a run: those of the loop, and where things come from and go."
-    base_checkpoint: str = "tiny_base" # the model to tune: tiny_base (packaged), a .safetensors of ours or a released .ckpt
-    texts: str = "packaged" # train texts: packaged, a file with one text a line, or a corpus folder
-    corpus: str = "packaged" # recorded speech for the denoising loss (with --denoising-source data): packaged, or a folder made by dlpo_nb.data
-    heldout_texts: str = "packaged" # texts of the evaluation, never trained on: packaged, a file or a corpus folder
-    heldout: int = 64 # how many held-out texts are spoken by base and tuned model with the same noise; 0: no evaluation
-    watch_every: int = 0 # episodes from one look at the held-out reward to the next; the three best models are kept; 0: none
-    watch_texts: int = 16 # how many texts that takes
-    watch_from: str = "" # where they come from: a file or a corpus folder; empty: the held-out texts behind those of the evaluation
-    max_words: int = 4 # train only on texts of at most this many words (short texts fit more rollouts into a minute); 0: all
-    nisqa_weights: str = "" # path of nisqa.tar, for the reward or as an independent judge; empty: looked up, and the judge left out where absent
-    utmos_weights: str = "" # path of the UTMOS weights, where the reward needs them; empty: looked up
-    whisper: str = "" # path of the Whisper model that a wer in the reward listens with; empty: looked up
-    out: str = "" # run directory; empty: runs/PRESET-METHOD-seedN, numbered where it exists
-    resume: bool = False # go on with the run in --out
-    dry_run: bool = False # build everything, run two episodes, print what the whole run costs, write nothing
-    device: str = "auto" # cpu, cuda or auto
-    threads: int = 0 # CPU threads of a process; 0: as many as torch chooses
-    nproc_per_node: int = 1 # processes on each machine, on GPUs one each
-    nnodes: int = 1 # machines; start the same command on each
-    rdzv_endpoint: str = "" # HOST:PORT of one of the machines, where they meet
-    max_restarts: int = 0 # how often a run with several processes goes on from its last state after one of them was lost
+
+    base_checkpoint: str = (
+        "tiny_base"  # the model to tune: tiny_base (packaged), a .safetensors of ours or a released .ckpt
+    )
+    texts: str = "packaged"  # train texts: packaged, a file with one text a line, or a corpus folder
+    corpus: str = "packaged"  # recorded speech for the denoising loss (with --denoising-source data): packaged, or a folder made by dlpo_nb.data
+    heldout_texts: str = (
+        "packaged"  # texts of the evaluation, never trained on: packaged, a file or a corpus folder
+    )
+    heldout: int = (
+        64  # how many held-out texts are spoken by base and tuned model with the same noise; 0: no evaluation
+    )
+    watch_every: int = 0  # episodes from one look at the held-out reward to the next; the three best models are kept; 0: none
+    watch_texts: int = 16  # how many texts that takes
+    watch_from: str = ""  # where they come from: a file or a corpus folder; empty: the held-out texts behind those of the evaluation
+    max_words: int = 4  # train only on texts of at most this many words (short texts fit more rollouts into a minute); 0: all
+    nisqa_weights: str = ""  # path of nisqa.tar, for the reward or as an independent judge; empty: looked up, and the judge left out where absent
+    utmos_weights: str = ""  # path of the UTMOS weights, where the reward needs them; empty: looked up
+    whisper: str = ""  # path of the Whisper model that a wer in the reward listens with; empty: looked up
+    out: str = ""  # run directory; empty: runs/PRESET-METHOD-seedN, numbered where it exists
+    resume: bool = False  # go on with the run in --out
+    dry_run: bool = False  # build everything, run two episodes, print what the whole run costs, write nothing
+    device: str = "auto"  # cpu, cuda or auto
+    threads: int = 0  # CPU threads of a process; 0: as many as torch chooses
+    nproc_per_node: int = 1  # processes on each machine, on GPUs one each
+    nnodes: int = 1  # machines; start the same command on each
+    rdzv_endpoint: str = ""  # HOST:PORT of one of the machines, where they meet
+    max_restarts: int = (
+        0  # how often a run with several processes goes on from its last state after one of them was lost
+    )
 
     def check(self):
         super().check()
@@ -77,22 +108,58 @@ class LaunchConfig(FinetuneConfig):
         if self.resume and not self.out:
             raise UserError("--resume needs --out: the run directory to go on with.")
         if self.nnodes > 1 and not (re.fullmatch(r"[^:\s]+:\d+", self.rdzv_endpoint) and self.out):
-            raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, where the machines meet, and --out, a folder that all of them see.")
-        processes, groups = max(world_size(), self.nproc_per_node * self.nnodes), self.batch_size // self.group_size
+            raise UserError(
+                "--nnodes needs --rdzv-endpoint HOST:PORT, where the machines meet, and --out, a folder that all of them see."
+            )
+        processes, groups = (
+            max(world_size(), self.nproc_per_node * self.nnodes),
+            self.batch_size // self.group_size,
+        )
         if processes > groups:
-            raise UserError(f"--batch-size {self.batch_size} has {groups} texts for {processes} processes; each needs one: use fewer, or a larger batch.")
+            raise UserError(
+                f"--batch-size {self.batch_size} has {groups} texts for {processes} processes; each needs one: use fewer, or a larger batch."
+            )
 
 # %% ../nbs/42_launch.ipynb #120f87f5
-PRESETS = { # settings by their flat names; a method takes those that it has
+PRESETS = {  # settings by their flat names; a method takes those that it has
     "tiny": {},
     "tiny-paper": dict(beta=1.0, denoising_steps=10),
     "small": dict(
-        base_checkpoint="", max_words=8, batch_size=128, group_size=8, rollout_steps=25, train_steps="random:5", fork=0, micro_batch=32, episodes=100,
-        watch_every=10, precision="bfloat16"),
+        base_checkpoint="",
+        max_words=8,
+        batch_size=128,
+        group_size=8,
+        rollout_steps=25,
+        train_steps="random:5",
+        fork=0,
+        micro_batch=32,
+        episodes=100,
+        watch_every=10,
+        precision="bfloat16",
+    ),
     "paper": dict(
-        base_checkpoint="", texts="", corpus="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa", beta=1.0, denoising_steps=10,
-        train_steps="random:10", rollout_steps=1000, spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch=4, advantage="batch",
-        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32),
+        base_checkpoint="",
+        texts="",
+        corpus="",
+        heldout_texts="",
+        heldout=200,
+        max_words=0,
+        reward="utmos + 0*nisqa",
+        beta=1.0,
+        denoising_steps=10,
+        train_steps="random:10",
+        rollout_steps=1000,
+        spacing="trailing",
+        fork=0,
+        batch_size=64,
+        group_size=1,
+        micro_batch=4,
+        advantage="batch",
+        episodes=160,
+        learning_rate=3e-5,
+        watch_every=10,
+        watch_texts=32,
+    ),
 }
 
 # %% ../nbs/42_launch.ipynb #602640bb
@@ -129,11 +196,13 @@ def parse(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else "tiny"
     if preset not in PRESETS:
-        raise UserError(f"preset '{preset}' is not known: choose {' or '.join(PRESETS)}, or leave it out and give --flags.")
+        raise UserError(
+            f"preset '{preset}' is not known: choose {' or '.join(PRESETS)}, or leave it out and give --flags."
+        )
     config = read_flags(argv, PRESETS[preset])
     if config.resume and config.out:
         preset, stored = stored_config(config.out)
-        config = read_flags(argv, stored.flat()) # what the command does not say stays as it was
+        config = read_flags(argv, stored.flat())  # what the command does not say stays as it was
         check_resumed(stored, config)
     config = config.resolved()
     config.check()
@@ -154,13 +223,21 @@ def stored_config(out):
         preset = stored.pop("preset", "tiny")
         return preset, LaunchConfig.of(**applicable(LaunchConfig, stored) | {"resume": True})
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"there is no run to go on with in {out} (no readable config.json); check --out or start it without --resume.") from error
+        raise UserError(
+            f"there is no run to go on with in {out} (no readable config.json); check --out or start it without --resume."
+        ) from error
 
 # %% ../nbs/42_launch.ipynb #2a50d7c9
 # what a resumed run may change, with a note of the episode; what it may change without one, since it decides no number; and what is compared by content
-MAY_CHANGE = ("alpha", "beta", "tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm", "inner_epochs", "denoising_steps",
-              "denoising_frames", "duration_weight", "precision", "watch_every", "nisqa_weights", "utmos_weights", "whisper")
-FREE = ("episodes", "micro_batch", "out", "resume", "dry_run", "device", "threads", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts")
+MAY_CHANGE = (
+    "alpha", "beta", "tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm", "inner_epochs",
+    "denoising_steps", "denoising_frames", "duration_weight", "precision", "watch_every", "nisqa_weights",
+    "utmos_weights", "whisper",
+)  # fmt: skip
+FREE = (
+    "episodes", "micro_batch", "out", "resume", "dry_run", "device", "threads", "nproc_per_node", "nnodes",
+    "rdzv_endpoint", "max_restarts",
+)  # fmt: skip
 INPUTS = ("base_checkpoint", "texts", "heldout_texts", "watch_from", "corpus")
 
 
@@ -170,42 +247,69 @@ def check_resumed(stored, config):
     for name in (name for name in begun | asked if name not in {*MAY_CHANGE, *FREE, *INPUTS}):
         before, now = begun.get(name), asked.get(name)
         if before != now:
-            raise UserError(f"--{name.replace('_', '-')} is {now}, but the run in {config.out} was begun with {before}; "
-                            "leave it out, or start a new run.")
-    done = max((int(path.stem.removeprefix("state-")) for path in states(Path(config.out) / "checkpoints")), default=0)
+            raise UserError(
+                f"--{name.replace('_', '-')} is {now}, but the run in {config.out} was begun with {before}; "
+                "leave it out, or start a new run."
+            )
+    done = max(
+        (int(path.stem.removeprefix("state-")) for path in states(Path(config.out) / "checkpoints")),
+        default=0,
+    )
     if config.episodes < done:
-        raise UserError(f"--episodes is {config.episodes}, but the run in {config.out} has done {done} already; leave it out, or give more.")
+        raise UserError(
+            f"--episodes is {config.episodes}, but the run in {config.out} has done {done} already; leave it out, or give more."
+        )
 
 
 def check_inputs(record, inputs, config):
     "Raises UserError if a resumed run would read another base, other texts or other recordings than before."
     for name in INPUTS:
         # runs of before have no marks of what they read
-        same = record["inputs"].get(name) == inputs[name] if "inputs" in record else record.get(name) == plain(getattr(config, name))
+        same = (
+            record["inputs"].get(name) == inputs[name]
+            if "inputs" in record
+            else record.get(name) == plain(getattr(config, name))
+        )
         if not same:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is not what the run in {config.out} was begun with; "
-                            "give the same content again, or start a new run.")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} is not what the run in {config.out} was begun with; "
+                "give the same content again, or start a new run."
+            )
 
 
 def settings_said(preset, settings) -> list:
     "Flags that make `settings` (a dict) of a preset; what its method fills in need not be said."
     given = PRESETS[preset]
-    default = LaunchConfig.of(**applicable(LaunchConfig, given | {"method": settings["method"]})).resolved().flat()
-    default |= {"method": given.get("method", "dlpo")} # which has to be said
+    default = (
+        LaunchConfig.of(**applicable(LaunchConfig, given | {"method": settings["method"]})).resolved().flat()
+    )
+    default |= {"method": given.get("method", "dlpo")}  # which has to be said
     away = ("control", "out", "resume", "dry_run")
-    return [part for name, value in settings.items() if name not in away and default.get(name, value) != value
-            for part in ("--" + name.replace("_", "-"), str(value))]
+    return [
+        part
+        for name, value in settings.items()
+        if name not in away and default.get(name, value) != value
+        for part in ("--" + name.replace("_", "-"), str(value))
+    ]
 
 # %% ../nbs/42_launch.ipynb #9441d9d1
-NEEDED = {"base_checkpoint": "the checkpoint of the base", "texts": "train texts", "heldout_texts": "texts of the evaluation",
-          "corpus": "the recorded speech"}
+NEEDED = {
+    "base_checkpoint": "the checkpoint of the base",
+    "texts": "train texts",
+    "heldout_texts": "texts of the evaluation",
+    "corpus": "the recorded speech",
+}
 
 
 def check_given(config):
     "UserError naming what a preset leaves to the user and was not given."
-    missing = [f"--{name.replace('_', '-')} ({what})" for name, what in NEEDED.items() if not getattr(config, name)]
+    missing = [
+        f"--{name.replace('_', '-')} ({what})" for name, what in NEEDED.items() if not getattr(config, name)
+    ]
     if missing:
-        raise UserError(f"this preset needs {', '.join(missing)}; or add --dry-run to see what the run costs with stand-ins.")
+        raise UserError(
+            f"this preset needs {', '.join(missing)}; or add --dry-run to see what the run costs with stand-ins."
+        )
 
 
 def load_base(config):
@@ -213,8 +317,10 @@ def load_base(config):
     path = base_path(config.base_checkpoint)
     model = load_policy(path)
     if model.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
-                        f"give a checkpoint trained at {SAMPLE_RATE} Hz.")
+        raise UserError(
+            f"{path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
+            f"give a checkpoint trained at {SAMPLE_RATE} Hz."
+        )
     return model
 
 
@@ -233,7 +339,11 @@ def load_texts(source, split, max_words=0, count=None):
         texts = prompts(split)
     else:
         folder = Path(source).is_dir()
-        texts = [row["text"] for row in read_jsonl(Path(source) / "manifest.jsonl")] if folder else read_texts(source)
+        texts = (
+            [row["text"] for row in read_jsonl(Path(source) / "manifest.jsonl")]
+            if folder
+            else read_texts(source)
+        )
     for number, text in enumerate(texts, 1):
         try:
             text_to_ids(text)
@@ -241,7 +351,9 @@ def load_texts(source, split, max_words=0, count=None):
             raise UserError(f"line {number} of {source}: {error}") from error
     short = [text for text in texts if len(text.split()) <= max_words] if max_words else texts
     if not short:
-        raise UserError(f"no text in {source} has at most {max_words} words; raise --max-words or set it to 0.")
+        raise UserError(
+            f"no text in {source} has at most {max_words} words; raise --max-words or set it to 0."
+        )
     return short[:count]
 
 
@@ -250,28 +362,37 @@ def load_recordings(config):
     return load_corpus(asset("speech_train") if config.corpus == "packaged" else config.corpus)
 
 # %% ../nbs/42_launch.ipynb #20f61c08
-def goes_on(config):
+def is_resuming(config):
     "Whether there is a run to go on with: by --resume, or since torchrun has started this process again after one was lost."
-    return config.resume or bool(config.out) and (Path(config.out) / "config.json").exists() and begun_here(config.out)
+    return (
+        config.resume
+        or bool(config.out)
+        and (Path(config.out) / "config.json").exists()
+        and begun_here(config.out)
+    )
 
 
 def refuse_second(config):
     "Raises UserError if --out holds a run that is not to be resumed."
-    if config.out and not goes_on(config) and (Path(config.out) / "config.json").exists():
-        raise UserError(f"{config.out} already holds a run; add --resume to go on with it or choose another --out.")
+    if config.out and not is_resuming(config) and (Path(config.out) / "config.json").exists():
+        raise UserError(
+            f"{config.out} already holds a run; add --resume to go on with it or choose another --out."
+        )
 
 
 def open_run(preset, config):
     "The run directory, locked for this process: a new one, or the one to go on with."
     if not config.out:
-        run = new_folder(f"{preset}-{config.method}{'' if config.control == 'none' else '-control'}-seed{config.seed}")
+        run = new_folder(
+            f"{preset}-{config.method}{'' if config.control == 'none' else '-control'}-seed{config.seed}"
+        )
         lock_folder(run.path)
         return run
     refuse_second(config)
     run = RunDir(config.out)
     # a machine that was lost with the process before may take a while to be missed by a shared disk
     lock_folder(run.path, patience=100.0 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else 0.0)
-    refuse_second(config) # another process may have been here in between
+    refuse_second(config)  # another process may have been here in between
     return run
 
 
@@ -285,7 +406,9 @@ def new_folder(name):
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another --out") from error
+            raise UserError(
+                f"cannot write the run folder {path}: {error.strerror}; choose another --out"
+            ) from error
 
 # %% ../nbs/42_launch.ipynb #a286b55e
 def banner(preset, config, texts, heldout):
@@ -293,12 +416,20 @@ def banner(preset, config, texts, heldout):
     groups = config.batch_size // config.group_size
     shuffled = " [CONTROL: advantages shuffled]" if config.control != "none" else ""
     print(f"{config.method} on preset {preset}, seed {config.seed}{shuffled}")
-    print(f"  {config.episodes} episodes x {config.batch_size} rollouts ({groups} texts x {config.group_size}), {config.rollout_steps} {config.spacing} steps, "
-          f"training {config.train_steps}")
-    options = sorted(asdict(config.objective).items(), key=lambda pair: pair[0] not in ("alpha", "beta")) # of one's own method, too
-    print(f"  {config.method}: {', '.join(f'{name} {value:g}' if isinstance(value, float) else f'{name} {value}' for name, value in options)}")
+    print(
+        f"  {config.episodes} episodes x {config.batch_size} rollouts ({groups} texts x {config.group_size}), {config.rollout_steps} {config.spacing} steps, "
+        f"training {config.train_steps}"
+    )
+    options = sorted(
+        asdict(config.objective).items(), key=lambda pair: pair[0] not in ("alpha", "beta")
+    )  # of one's own method, too
+    print(
+        f"  {config.method}: {', '.join(f'{name} {value:g}' if isinstance(value, float) else f'{name} {value}' for name, value in options)}"
+    )
     print(f"  reward {config.reward}, learning rate {config.learning_rate:g}")
-    places = f"{torch.get_num_threads()} CPU threads" + (f" each in {world_size()} processes" if world_size() > 1 else "")
+    places = f"{torch.get_num_threads()} CPU threads" + (
+        f" each in {world_size()} processes" if world_size() > 1 else ""
+    )
     print(f"  {len(texts)} train texts, {len(heldout)} held-out texts, {places}", flush=True)
 
 # %% ../nbs/42_launch.ipynb #2bf45e2f
@@ -313,7 +444,13 @@ def tensorboard(path, next_episode):
 
 def metadata(config):
     "What the weights of a run say about themselves."
-    return {"method": config.method, "reward": config.reward, "control": config.control, "seed": config.seed, "episodes": config.episodes}
+    return {
+        "method": config.method,
+        "reward": config.reward,
+        "control": config.control,
+        "seed": config.seed,
+        "episodes": config.episodes,
+    }
 
 
 def train(tuner, run, config, watched=()):
@@ -323,14 +460,16 @@ def train(tuner, run, config, watched=()):
     def on_episode(metrics):
         if watched and tuner.next_episode % config.watch_every == 0:
             metrics |= heldout_reward(tuner, watched)
-        first_does(lambda: write(metrics))
+        on_first_rank(lambda: write(metrics))
 
     def write(metrics):
         run.append_metrics(metrics)
         if "reward/heldout" in metrics and as_reward(tuner.reward).settled:
             keep_best(tuner, run.path / "checkpoints", metrics["reward/heldout"], metadata(config))
         save_last(tuner, run.path / "checkpoints")
-        with contextlib.suppress(OSError): # curves are a comfort; what a full disk must not take stands above
+        with contextlib.suppress(
+            OSError
+        ):  # curves are a comfort; what a full disk must not take stands above
             for name, value in metrics.items() if board else ():
                 board.add_scalar(name, value, metrics["episode"])
 
@@ -338,9 +477,11 @@ def train(tuner, run, config, watched=()):
         finetune(tuner, on_episode)
     except KeyboardInterrupt:
         where = run.path if run else config.out
-        raise UserError(f"interrupted after episode {tuner.next_episode} of {config.episodes}; go on with --out {where} --resume") from None
+        raise UserError(
+            f"interrupted after episode {tuner.next_episode} of {config.episodes}; go on with --out {where} --resume"
+        ) from None
     finally:
-        with contextlib.suppress(OSError): # the disk may be full, which has been said
+        with contextlib.suppress(OSError):  # the disk may be full, which has been said
             if board:
                 board.close()
     if run:
@@ -363,9 +504,15 @@ def speak(tuner, config, texts) -> dict:
     from dlpo_nb.evaluate import synthesise_all
 
     if rank() == 0:
-        print(f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True)
-    return {name: synthesise_all(model, texts, tuner.schedule, config.seed, progress=None if rank() else name, shared=True)
-            for name, model in (("base", tuner.reference), ("tuned", tuner.model))}
+        print(
+            f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True
+        )
+    return {
+        name: synthesise_all(
+            model, texts, tuner.schedule, config.seed, progress=None if rank() else name, shared=True
+        )
+        for name, model in (("base", tuner.reference), ("tuned", tuner.model))
+    }
 
 
 def evaluate_run(run, audio, texts, asked):
@@ -389,7 +536,7 @@ class SteadyPace(torch.nn.Module):
         super().__init__()
         self.seconds = seconds
 
-    def forward(self, x, lengths): # (B, L, C), (B,) -> (B, L)
+    def forward(self, x, lengths):  # (B, L, C), (B,) -> (B, L)
         return torch.full(x.shape[:2], self.seconds, device=x.device)
 
 
@@ -443,8 +590,17 @@ def stand_ins(preset, config):
     if given and rank() == 0:
         print(f"stand-in: {' and '.join(given)} of the size that the preset wants")
     texts = load_texts(config.texts, "train", config.max_words) if config.texts else stand_in_texts()
-    config = replace(config, **{name: getattr(config, name) or "packaged" for name in ("heldout_texts", "corpus")})
-    return config, texts, load_base(config) if config.base_checkpoint else stand_in_base("small" if preset == "small" else "base"), stand_in_reward(config)
+    config = replace(
+        config, **{name: getattr(config, name) or "packaged" for name in ("heldout_texts", "corpus")}
+    )
+    return (
+        config,
+        texts,
+        load_base(config)
+        if config.base_checkpoint
+        else stand_in_base("small" if preset == "small" else "base"),
+        stand_in_reward(config),
+    )
 
 # %% ../nbs/42_launch.ipynb #768abde8
 def shared_steps(config):
@@ -452,72 +608,121 @@ def shared_steps(config):
     return (1 - 1 / config.group_size) * (config.rollout_steps - 1 - config.fork) if config.fork else 0
 
 
-def affordable(config, model, texts, device):
+def cheaper_probe(config, model, texts, device):
     "A config and texts whose episode can be measured in about a minute, and what the phases are to be multiplied with."
-    work = config.batch_size * config.rollout_steps * sum(p.numel() for module in model.trainable() for p in module.parameters())
+    work = (
+        config.batch_size
+        * config.rollout_steps
+        * sum(p.numel() for module in model.trainable() for p in module.parameters())
+    )
     if device.type != "cpu" or work < 2e9:
         return config, texts, dict.fromkeys(("rollout", "reward", "update"), 1.0)
-    small = replace(config, batch_size=2 * config.group_size * world_size(), rollout_steps=3, fork=0, train_steps="last:1", denoising_steps=1, denoising_levels="random")
+    small = replace(
+        config,
+        batch_size=2 * config.group_size * world_size(),
+        rollout_steps=3,
+        fork=0,
+        train_steps="last:1",
+        denoising_steps=1,
+        denoising_levels="random",
+    )
     short = sorted(texts, key=len)[: max(2 * world_size(), len(texts) // 10)]
     phones = lambda some: sum(len(text_to_ids(text)) for text in some) / len(some)
     share = config.batch_size / small.batch_size * phones(texts) / phones(short)
-    trained = config.rollout_steps - 1 if config.train_steps == "all" else int(config.train_steps.partition(":")[2])
-    return small, short, {"rollout": share * (config.rollout_steps - shared_steps(config)) / 3, "reward": share, "update": share * (trained + config.denoising_steps) / 2}
+    trained = (
+        config.rollout_steps - 1 if config.train_steps == "all" else int(config.train_steps.partition(":")[2])
+    )
+    return (
+        small,
+        short,
+        {
+            "rollout": share * (config.rollout_steps - shared_steps(config)) / 3,
+            "reward": share,
+            "update": share * (trained + config.denoising_steps) / 2,
+        },
+    )
 
 
 def memory(device):
     "The most memory that was in use, in GB: that of the GPU, or of the process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def projected(config, seconds):
     "Seconds that the whole run will take by part: its episodes, of `seconds` by phase each, the looks at the held-out reward, the evaluation."
-    spoken = seconds["rollout"] / config.batch_size / (1 - shared_steps(config) / config.rollout_steps) # an utterance, all steps of its own
-    scored, looks = seconds["reward"] / config.batch_size, config.episodes // config.watch_every if config.watch_every else 0
-    return {"episodes": config.episodes * sum(seconds.values()), "watching": looks * config.watch_texts * (spoken + scored),
-            "evaluation": 2 * config.heldout * (spoken + scored * world_size())} # one process judges it
+    spoken = (
+        seconds["rollout"] / config.batch_size / (1 - shared_steps(config) / config.rollout_steps)
+    )  # an utterance, all steps of its own
+    scored, looks = (
+        seconds["reward"] / config.batch_size,
+        config.episodes // config.watch_every if config.watch_every else 0,
+    )
+    return {
+        "episodes": config.episodes * sum(seconds.values()),
+        "watching": looks * config.watch_texts * (spoken + scored),
+        "evaluation": 2 * config.heldout * (spoken + scored * world_size()),
+    }  # one process judges it
 
 # %% ../nbs/42_launch.ipynb #c6833e1f
 def dry_run(preset, config, device):
     "Two episodes, and what the whole run will cost."
     whole, texts, model, reward = stand_ins(preset, config)
-    config, short, factors = affordable(whole, model, texts, device)
+    config, short, factors = cheaper_probe(whole, model, texts, device)
     tuner = Finetuner(config, model, reward, short, load_recordings(whole), device)
     if rank() == 0:
         banner(preset, whole, texts, load_texts(whole.heldout_texts, "heldout", count=whole.heldout))
         if config.batch_size < whole.batch_size:
-            print(f"  measured on {config.batch_size} rollouts of {config.rollout_steps} steps of short texts, and scaled up")
+            print(
+                f"  measured on {config.batch_size} rollouts of {config.rollout_steps} steps of short texts, and scaled up"
+            )
     tuner.episode()
     metrics = tuner.episode()
-    peak = max(gather(memory(device)))
+    peak = max(all_gather(memory(device)))
     if rank() == 0:
         seconds = {phase: factor * metrics[f"seconds/{phase}"] for phase, factor in factors.items()}
         for phase, cost in seconds.items():
             print(f"  {phase:8s} {cost:9.1f} s an episode")
-        print(f"  memory   {peak:9.1f} GB a process, at most{' in the part that was measured' if config.batch_size < whole.batch_size else ''}")
+        print(
+            f"  memory   {peak:9.1f} GB a process, at most{' in the part that was measured' if config.batch_size < whole.batch_size else ''}"
+        )
         parts = projected(whole, seconds)
         for part, cost in parts.items():
             print(f"  {part:10s} {cost / 60:7.1f} minutes")
         hours = sum(parts.values()) / 3600
         cost = f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
-        print(f"  {whole.episodes} episodes and all: about {cost}, {hours * world_size():.2f} {device.type.upper().replace('CUDA', 'GPU')}-hours. Nothing was written.")
+        print(
+            f"  {whole.episodes} episodes and all: about {cost}, {hours * world_size():.2f} {device.type.upper().replace('CUDA', 'GPU')}-hours. Nothing was written."
+        )
 
 # %% ../nbs/42_launch.ipynb #93e73d82
 def recorded(preset, config, inputs):
     "What config.json says of a run at its beginning."
     settings = config.flat()
-    return plain({"preset": preset, **settings, "objective": asdict(config.objective), "inputs": inputs,
-                  "flags": settings_said(preset, settings)})
+    return plain(
+        {
+            "preset": preset,
+            **settings,
+            "objective": asdict(config.objective),
+            "inputs": inputs,
+            "flags": settings_said(preset, settings),
+        }
+    )
 
 
 def read_inputs(config, tuner, heldout, watched):
     "Marks of what a run reads, by the setting that names it."
     path = base_path(config.base_checkpoint)
-    return {"base_checkpoint": fingerprint(path.read_bytes()) if path.is_file() else "", "texts": fingerprint(tuner.texts),
-            "heldout_texts": fingerprint(heldout), "watch_from": fingerprint(watched),
-            "corpus": fingerprint([(item.text, item.frames) for item in tuner.corpus or []])}
+    return {
+        "base_checkpoint": fingerprint(path.read_bytes()) if path.is_file() else "",
+        "texts": fingerprint(tuner.texts),
+        "heldout_texts": fingerprint(heldout),
+        "watch_from": fingerprint(watched),
+        "corpus": fingerprint([(item.text, item.frames) for item in tuner.corpus or []]),
+    }
 
 
 def write_record(run, preset, config, inputs, episode):
@@ -525,10 +730,13 @@ def write_record(run, preset, config, inputs, episode):
     record = recorded(preset, config, inputs)
     if (run.path / "config.json").exists():
         begun = run.read_json("config.json")
-        begun = begun if "inputs" in begun else renamed(begun) # one of before may have other names
+        begun = begun if "inputs" in begun else renamed(begun)  # one of before may have other names
         check_inputs(begun, inputs, config)
         kept = {name: record[name] for name in (*FREE, *INPUTS) if name not in ("resume", "dry_run")}
-        record = record_changes(begun, record, [name for name in MAY_CHANGE if name in record], episode=episode) | kept
+        record = (
+            record_changes(begun, record, [name for name in MAY_CHANGE if name in record], episode=episode)
+            | kept
+        )
         settings = {name: record[name] for name in config.flat() if name in record}
         record["flags"] = settings_said(record.get("preset", "tiny"), settings)
     run.write_json("config.json", record)
@@ -536,16 +744,17 @@ def write_record(run, preset, config, inputs, episode):
 # %% ../nbs/42_launch.ipynb #1a2f12c7
 def begin(preset, config, tuner, heldout=(), watched=()):
     "The run directory, with the tuner where it is to go on from; None in the processes that do not write."
+
     def first():
         run, inputs = open_run(preset, config), read_inputs(config, tuner, heldout, watched)
-        state = load_last(tuner, run.path / "checkpoints") # in a new run there is none
+        state = load_last(tuner, run.path / "checkpoints")  # in a new run there is none
         new = not all((run.path / name).exists() for name in ("environment.json", "config.json"))
         write_environment(run, new, episode=tuner.next_episode)
-        write_record(run, preset, config, inputs, tuner.next_episode) # last: with it the folder holds a run
-        run.trim_metrics(tuner.next_episode) # a row whose state was not saved any more is written anew
+        write_record(run, preset, config, inputs, tuner.next_episode)  # last: with it the folder holds a run
+        run.trim_metrics(tuner.next_episode)  # a row whose state was not saved any more is written anew
         return run, state
 
-    run, state = first_does(first)
+    run, state = on_first_rank(first)
     if rank() == 0:
         return run
     if state:
@@ -558,7 +767,11 @@ def finish(tuner, run, config, heldout, audio, reward):
     from dlpo_nb.evaluate import format_table
     from dlpo_nb.report import write_report
 
-    summary = {**metadata(config), "minutes": sum(m["seconds"] for m in run.metrics()) / 60, "heldout_texts": len(heldout)}
+    summary = {
+        **metadata(config),
+        "minutes": sum(m["seconds"] for m in run.metrics()) / 60,
+        "heldout_texts": len(heldout),
+    }
     if heldout:
         summary["evaluation"] = evaluate_run(run, audio, heldout, judges(config, reward))
         summary["drift"] = drift(tuner, heldout[:8])
@@ -567,7 +780,6 @@ def finish(tuner, run, config, heldout, audio, reward):
         print(format_table(summary))
     print(f"run directory: {run.path}\nreport:        {write_report(run.path)}")
 
-
 # %% ../nbs/42_launch.ipynb #af0dd613
 def rehearse(preset, config, reward):
     "Judge, compare and report a packaged recording, and throw it all away: what cannot be done is better known before the first episode."
@@ -575,14 +787,18 @@ def rehearse(preset, config, reward):
     from dlpo_nb.report import write_report
 
     clip = read_audio(min((asset("speech_train") / "audio").glob("*.flac")))
-    before = as_reward(reward).state_dict() # nothing of this may enter the statistics of the training rewards
+    before = as_reward(
+        reward
+    ).state_dict()  # nothing of this may enter the statistics of the training rewards
     with tempfile.TemporaryDirectory() as folder:
         run, summary = RunDir(folder), {**metadata(config), "minutes": 0.0}
         run.write_json("config.json", recorded(preset, config, {}))
         run.append_metrics({"episode": 0, "reward/mean": 0.0, "reward/std": 0.0})
         asked = judges(config, reward)
         if config.heldout:
-            summary["evaluation"] = evaluate_run(run, {"base": [clip], "tuned": [clip]}, prompts("heldout")[:1], asked)
+            summary["evaluation"] = evaluate_run(
+                run, {"base": [clip], "tuned": [clip]}, prompts("heldout")[:1], asked
+            )
             format_table(summary)
         run.write_json("summary.json", summary)
         write_report(run.path)
@@ -590,19 +806,24 @@ def rehearse(preset, config, reward):
     as_reward(reward).pop_components()
 
 # %% ../nbs/42_launch.ipynb #1abf1bd2
-def texts_of(config):
+def load_all_texts(config):
     "Texts to train on, of the evaluation, and to watch, each speakable."
-    texts, heldout = load_texts(config.texts, "train", config.max_words), load_texts(config.heldout_texts, "heldout")
+    texts, heldout = (
+        load_texts(config.texts, "train", config.max_words),
+        load_texts(config.heldout_texts, "heldout"),
+    )
     watched = load_texts(config.watch_from, "") if config.watch_from else heldout[config.heldout :]
     if config.watch_every and not watched:
-        raise UserError(f"--watch-every needs texts: there are none behind the {config.heldout} of the evaluation; lower --heldout, or give --watch-from.")
+        raise UserError(
+            f"--watch-every needs texts: there are none behind the {config.heldout} of the evaluation; lower --heldout, or give --watch-from."
+        )
     return texts, heldout[: config.heldout], watched[: config.watch_texts] if config.watch_every else []
 
 
 def launch(preset, config):
     "Run a fine-tuning job from settings to report, in one process or in each of several."
     device = join(config.device)
-    config.check() # now that it is known how many processes there are
+    config.check()  # now that it is known how many processes there are
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.out or config.dry_run):
         raise UserError("a run that torchrun may start again needs --out, to find itself.")
     if config.threads:
@@ -619,17 +840,23 @@ def launch(preset, config):
 def carry_out(preset, config, device):
     "Load everything, train, evaluate, report."
     # a run that is under way is known at once
-    first_does(lambda: open_run(preset, config) and None if config.out and (Path(config.out) / "config.json").exists() else None)
-    placed, (texts, heldout, watched) = replace(config, device=str(device)), texts_of(config)
+    on_first_rank(
+        lambda: (
+            open_run(preset, config) and None
+            if config.out and (Path(config.out) / "config.json").exists()
+            else None
+        )
+    )
+    placed, (texts, heldout, watched) = replace(config, device=str(device)), load_all_texts(config)
     reward, model = load_reward(placed), load_base(config)
     tuner = Finetuner(config, model, reward, texts, load_recordings(config), device)
-    first_does(lambda: rehearse(preset, placed, reward))
+    on_first_rank(lambda: rehearse(preset, placed, reward))
     if rank() == 0:
         banner(preset, config, texts, heldout)
     run = begin(preset, config, tuner, heldout, watched)
     train(tuner, run, config, watched)
     audio = speak(tuner, placed, heldout) if heldout else {}
-    first_does(lambda: finish(tuner, run, placed, heldout, audio, reward)) # the others wait
+    on_first_rank(lambda: finish(tuner, run, placed, heldout, audio, reward))  # the others wait
     return run
 
 # %% ../nbs/42_launch.ipynb #c4e028f2
@@ -638,13 +865,13 @@ def check_before(preset, config, argv):
     if config.dry_run:
         return argv
     check_given(config)
-    texts_of(config)
+    load_all_texts(config)
     if not base_path(config.base_checkpoint).is_file():
         raise UserError(f"there is no checkpoint at {config.base_checkpoint}; check --base-checkpoint.")
     run = open_run(preset, config)
-    unlock_folders() # it is for the first of the processes
+    unlock_folders()  # it is for the first of the processes
     out = str(run.path)
-    return argv if config.out else [*argv, "--out", out] # a run that is started again must find itself
+    return argv if config.out else [*argv, "--out", out]  # a run that is started again must find itself
 
 
 def main():

@@ -99,7 +99,6 @@ def split_of(
         new = new[missing:]
     return split
 
-
 # %% ../nbs/03b_ljspeech.ipynb #35400323
 def utterance_name(field):
     "The id of a recording: its path below wavs/ without suffix."
@@ -124,6 +123,7 @@ def clip_name(name):
 # %% ../nbs/03b_ljspeech.ipynb #28f9505d
 def columns(rows):
     "2 for lines of id|text, where a later bar is part of the text, or 3 for id|text|normalised text: what most lines are."
+
     def three(row):
         fields = row.split("|")
         # `a|Press A | B` has a bar in its text, unless all bars stand between spaces
@@ -154,7 +154,9 @@ def read_metadata(
     try:
         rows = split_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a folder with metadata.csv (id|text) and wavs/") from error
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a folder with metadata.csv (id|text) and wavs/"
+        ) from error
     filled = [(number, row) for number, row in enumerate(rows, 1) if row.strip()]
     count, texts, clips, failures = columns([row for _, row in filled]), {}, set(), []
     for number, row in filled:
@@ -167,17 +169,20 @@ def read_metadata(
             texts[name] = text
             clips.add(clip_name(name))
     if not texts:
-        raise UserError(f"{path} has no line of the form id|text that can be used ({failures[0][2] if failures else 'it is empty'}); "
-                        "write one recording per line")
+        raise UserError(
+            f"{path} has no line of the form id|text that can be used ({failures[0][2] if failures else 'it is empty'}); "
+            "write one recording per line"
+        )
     return list(texts.items()), failures
-
 
 # %% ../nbs/03b_ljspeech.ipynb #55e20ac6
 def read_recording(raw, name):
     "Audio (N,) int16 at 22.05 kHz of RAW/wavs/NAME.wav (or .flac), its peak at full scale; UserError where it is missing or cannot be used."
     # an accented letter has two spellings in Unicode, and a disk may have taken the other one
     names = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
-    paths = [raw / "wavs" / f"{name}{suffix}" for name in names for suffix in (".wav", ".flac", ".WAV", ".FLAC")]
+    paths = [
+        raw / "wavs" / f"{name}{suffix}" for name in names for suffix in (".wav", ".flac", ".WAV", ".FLAC")
+    ]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{paths[0]} is missing (nor is there a .flac)")
@@ -186,7 +191,9 @@ def read_recording(raw, name):
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot read audio from {path}: {error}") from error
     if rate < 16_000:
-        raise UserError(f"{path} has {rate} samples per second; speech needs 16000 at least, and 22050 to lose nothing")
+        raise UserError(
+            f"{path} has {rate} samples per second; speech needs 16000 at least, and 22050 to lose nothing"
+        )
     audio = read_audio(path, resample=True)
     peak = audio.abs().max().item()
     if not np.isfinite(peak) or peak == 0:
@@ -237,11 +244,15 @@ def read_textgrid(
     except (OSError, ValueError, IndexError) as error:
         reason = "it ends too early" if isinstance(error, IndexError) else error
         raise UserError(f"cannot read {path}: {reason}; a TextGrid of MFA is expected") from error
-    rows = next((rows for name, rows in tiers.items() if name == "phones" or name.endswith(" - phones")), None)
+    rows = next(
+        (rows for name, rows in tiers.items() if name == "phones" or name.endswith(" - phones")), None
+    )
     if not rows:
         raise UserError(f"{path} has no tier phones; its tiers are: {', '.join(tiers) or 'none'}")
     starts, ends, labels = zip(*rows)
-    if any(abs(end - start) > 1e-4 for end, start in zip(ends, starts[1:])) or any(a > b for a, b in zip(starts, ends)):
+    if any(abs(end - start) > 1e-4 for end, start in zip(ends, starts[1:])) or any(
+        a > b for a, b in zip(starts, ends)
+    ):
         raise UserError(f"the phones of {path} leave gaps or run backwards")
     return Alignment([phone_of(label) for label in labels], np.array([starts[0], *ends]))
 
@@ -260,7 +271,9 @@ def new_decoder():
         raise UserError("pocketsphinx is not installed; pip install pocketsphinx, or give --textgrids of MFA")
     from pocketsphinx import Decoder
 
-    return Decoder(samprate=LISTEN_RATE, lm=None, bestpath=False, loglevel="FATAL", beam=1e-80, wbeam=1e-60, pbeam=1e-80)
+    return Decoder(
+        samprate=LISTEN_RATE, lm=None, bestpath=False, loglevel="FATAL", beam=1e-80, wbeam=1e-60, pbeam=1e-80
+    )
 
 
 def _listen(decoder, sound):
@@ -281,7 +294,10 @@ def find_words(decoder, sound, words):
             return None
         decoder.set_alignment()  # the first pass found the words, a second one finds their phones
         _listen(decoder, sound)
-        return [(word.name, [phone.start for phone in word], word.start + word.duration) for word in decoder.get_alignment() or ()]
+        return [
+            (word.name, [phone.start for phone in word], word.start + word.duration)
+            for word in decoder.get_alignment() or ()
+        ]
     except RuntimeError:
         return None
 
@@ -313,9 +329,13 @@ class Aligner:
         names = [f"_{word}" for word in words]
         found = find_words(self.decoder, (sound * 32767).short().numpy().tobytes(), names)
         if not found or [name.split("(")[0] for name, _, _ in found if name in self.ways] != names:
-            raise UserError(f"the words are not found in {len(audio) / SAMPLE_RATE:.1f} s of sound: is it another text, or cut off?")
+            raise UserError(
+                f"the words are not found in {len(audio) / SAMPLE_RATE:.1f} s of sound: is it another text, or cut off?"
+            )
         spoken = [phone for name, starts, _ in found for phone in self.ways.get(name, ["sp"] * len(starts))]
-        bounds = np.array([start for _, starts, _ in found for start in starts] + [found[-1][2]]) / 100 + self.lag
+        bounds = (
+            np.array([start for _, starts, _ in found for start in starts] + [found[-1][2]]) / 100 + self.lag
+        )
         bounds[0], bounds[-1] = 0, len(audio) / SAMPLE_RATE
         return Alignment(spoken, bounds.clip(0, bounds[-1]))
 
@@ -325,11 +345,20 @@ def compare_alignments(
     theirs: Alignment,
 ):
     "(differences ours - theirs of start and end (n, 2) in seconds of the n phones that both have, silences and stress apart; share of theirs that ours has)."
-    kept = [[i for i, phone in enumerate(a.phones) if phone and phone not in SILENCES] for a in (ours, theirs)]
+    kept = [
+        [i for i, phone in enumerate(a.phones) if phone and phone not in SILENCES] for a in (ours, theirs)
+    ]
     names = [bare(a.phones[i] for i in places) for a, places in zip((ours, theirs), kept)]
-    pairs = [(kept[0][i + k], kept[1][j + k])
-             for i, j, size in difflib.SequenceMatcher(a=names[0], b=names[1], autojunk=False).get_matching_blocks() for k in range(size)]
-    differences = [(ours.bounds[i] - theirs.bounds[j], ours.bounds[i + 1] - theirs.bounds[j + 1]) for i, j in pairs]
+    pairs = [
+        (kept[0][i + k], kept[1][j + k])
+        for i, j, size in difflib.SequenceMatcher(
+            a=names[0], b=names[1], autojunk=False
+        ).get_matching_blocks()
+        for k in range(size)
+    ]
+    differences = [
+        (ours.bounds[i] - theirs.bounds[j], ours.bounds[i + 1] - theirs.bounds[j + 1]) for i, j in pairs
+    ]
     return np.array(differences).reshape(-1, 2), len(pairs) / max(1, len(names[1]))
 
 
@@ -346,7 +375,10 @@ def cut_silence(alignment: Alignment, final_pause: bool = False) -> Alignment:
     if not spoken:
         raise UserError("the alignment holds nothing but silence")
     first, last = spoken[0], spoken[-1] + 1
-    phones, bounds = [phone or "sp" for phone in alignment.phones[first:last]], alignment.bounds[first : last + 1]
+    phones, bounds = (
+        [phone or "sp" for phone in alignment.phones[first:last]],
+        alignment.bounds[first : last + 1],
+    )
     if final_pause and "spn" not in alignment.phones[last:]:  # an unknown word is no pause
         phones, bounds = [*phones, "sp"], np.append(bounds, bounds[-1] + FINAL_PAUSE / FRAME_RATE)
     return Alignment(phones, bounds)
@@ -358,6 +390,7 @@ LONGEST_GAP = 14  # phones in a row that one of both may lack
 
 def with_stress(phones: list, expected: list) -> list:
     "Vowels that an aligner wrote without stress take that of the text's reading; those that the text lacks are unstressed."
+
     def bare_vowel(phone):
         return f"{phone}0" in PHONES
 
@@ -366,7 +399,9 @@ def with_stress(phones: list, expected: list) -> list:
     phones = list(phones)
     matcher = difflib.SequenceMatcher(a=bare(phones), b=bare(expected), autojunk=False)
     for i, j, size in matcher.get_matching_blocks():
-        phones[i : i + size] = [expected[j + k] if bare_vowel(phones[i + k]) else phones[i + k] for k in range(size)]
+        phones[i : i + size] = [
+            expected[j + k] if bare_vowel(phones[i + k]) else phones[i + k] for k in range(size)
+        ]
     return [f"{phone}0" if bare_vowel(phone) else phone for phone in phones]
 
 
@@ -385,19 +420,31 @@ def check_text(alignment: Alignment, text: str) -> Alignment:
     "The alignment with stress, if its phones are those of the text. Raises UserError if they are another text's, or no phones of ours."
     unknown = [phone for phone in alignment.phones if phone and phone not in PHONES]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is not a phone of the model; align with MFA's dictionary and model english_us_arpa")
+        raise UserError(
+            f"{unknown[0]!r} is not a phone of the model; align with MFA's dictionary and model english_us_arpa"
+        )
     expected = text_to_phones(text)
-    spoken, read = ([phone for phone in bare(phones) if phone and phone not in SILENCES] for phones in (alignment.phones, expected))
+    spoken, read = (
+        [phone for phone in bare(phones) if phone and phone not in SILENCES]
+        for phones in (alignment.phones, expected)
+    )
     common, only_spoken, only_read = likeness(spoken, read)
     # where words are unknown to the aligner, only what it did hear can be compared
-    total, gap = (2 * len(spoken), only_spoken) if "spn" in alignment.phones else (len(spoken) + len(read), max(only_spoken, only_read))
+    total, gap = (
+        (2 * len(spoken), only_spoken)
+        if "spn" in alignment.phones
+        else (len(spoken) + len(read), max(only_spoken, only_read))
+    )
     if 2 * common < LIKE * total:
-        raise UserError(f"its phones ({' '.join(spoken[:6])} ...) are not those of the text ({' '.join(read[:6])} ...): "
-                        "is it of another recording?")
+        raise UserError(
+            f"its phones ({' '.join(spoken[:6])} ...) are not those of the text ({' '.join(read[:6])} ...): "
+            "is it of another recording?"
+        )
     if gap > LONGEST_GAP:
-        raise UserError(f"{gap} phones in a row are in the {'TextGrid' if gap == only_spoken else 'text'} alone; is it of another version of the text?")
+        raise UserError(
+            f"{gap} phones in a row are in the {'TextGrid' if gap == only_spoken else 'text'} alone; is it of another version of the text?"
+        )
     return alignment._replace(phones=with_stress(alignment.phones, expected))
-
 
 # %% ../nbs/03b_ljspeech.ipynb #f0b76b11
 def to_frames(
@@ -409,7 +456,9 @@ def to_frames(
     phones, bounds = cut_silence(alignment, final_pause)
     phones_to_ids(phones)
     if alignment.bounds[-1] > len(audio) / SAMPLE_RATE + 0.05:
-        raise UserError(f"the alignment ends at {alignment.bounds[-1]:.2f} s, the recording at {len(audio) / SAMPLE_RATE:.2f} s")
+        raise UserError(
+            f"the alignment ends at {alignment.bounds[-1]:.2f} s, the recording at {len(audio) / SAMPLE_RATE:.2f} s"
+        )
     frames = np.diff(np.rint(bounds * FRAME_RATE).astype(int))
     speech = audio[int(SAMPLE_RATE * bounds[0]) : int(SAMPLE_RATE * bounds[-1])][: HOP * frames.sum()]
     if not frames.sum():
@@ -420,14 +469,19 @@ def to_frames(
 @dataclass
 class LJSpeechConfig:
     "Turn LJSpeech, or a folder of your own recordings like it, into training data: python -m dlpo_nb.ljspeech RAW OUT"
+
     raw: Path  # folder with metadata.csv (id|text per line) and wavs/
     out: Path  # folder of the corpora train, val and test; an unfinished one is completed
-    textgrids: Path | None = None  # folder with MFA's ID.TextGrid files, at any depth; without it pocketsphinx aligns
+    textgrids: Path | None = (
+        None  # folder with MFA's ID.TextGrid files, at any depth; without it pocketsphinx aligns
+    )
     lag: float = LAG  # seconds that pocketsphinx's boundaries are moved by: 0.02 agrees with MFA, 0 with festival's corpus
     workers: int = 1  # clips aligned at a time, one process each
     limit: int | None = None  # take only so many lines of metadata.csv
     seed: int = 0  # of the split into train, val and test (LJSpeech itself has a fixed one)
-    keep_unknown: bool = False  # keep utterances in which the aligner met an unknown word (spn), as the released lists do
+    keep_unknown: bool = (
+        False  # keep utterances in which the aligner met an unknown word (spn), as the released lists do
+    )
 
 
 class Task(NamedTuple):
@@ -449,9 +503,15 @@ def make_clip(task: Task):
     try:
         audio = read_recording(task.raw, task.name)
         kind = "alignment"
-        alignment = read_textgrid(task.textgrid) if task.textgrid else process_aligner(task.lag)(audio, task.text)
+        alignment = (
+            read_textgrid(task.textgrid) if task.textgrid else process_aligner(task.lag)(audio, task.text)
+        )
         if "spn" in alignment.phones and not task.keep_unknown:
-            return task.name, "unknown word", f"{alignment.phones.count('spn')} words unknown to the aligner (--keep-unknown takes them)"
+            return (
+                task.name,
+                "unknown word",
+                f"{alignment.phones.count('spn')} words unknown to the aligner (--keep-unknown takes them)",
+            )
         alignment = check_text(alignment, task.text)
         made = to_frames(audio, alignment, ends_in_pause(task.text))
     except UserError as error:
@@ -476,15 +536,21 @@ def _finished(config, texts):
     if path.exists():
         before = settings | json.loads(path.read_text())
         if before["aligner"] != settings["aligner"]:
-            raise UserError(f"{config.out} was aligned by {before['aligner']}, now it would be {settings['aligner']}; choose another folder")
+            raise UserError(
+                f"{config.out} was aligned by {before['aligner']}, now it would be {settings['aligner']}; choose another folder"
+            )
         if before["seed"] != config.seed:
-            raise UserError(f"{config.out} was split with --seed {before['seed']}; give it again, or choose another folder")
+            raise UserError(
+                f"{config.out} was split with --seed {before['seed']}; give it again, or choose another folder"
+            )
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings) + "\n")
     texts, done = {clip_name(name): text for name, text in texts}, set()
     for row in (row for part in PARTS for row in manifest_rows(config, part)):
         if row["text"] != texts.get(row["id"], row["text"]):
-            raise UserError(f"{config.out} was made from other texts (its {row['id']} is {row['text'][:40]!r}); choose another folder")
+            raise UserError(
+                f"{config.out} was made from other texts (its {row['id']} is {row['text'][:40]!r}); choose another folder"
+            )
         done.add(row["id"])
     return done
 
@@ -507,9 +573,18 @@ def find_textgrids(folder, names) -> dict:
     "Utterance -> its TextGrid below `folder`: at the utterance's own path, or anywhere under its name."
     grids = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".textgrid")
     if not grids:
-        raise UserError(f"no .TextGrid files in {folder}; give the folder that MFA wrote, or leave out --textgrids")
-    exact, by_stem = {path.relative_to(folder).with_suffix("").as_posix(): path for path in grids}, {path.stem: path for path in grids}
-    return {name: found for name in names if (found := exact.get(name) or by_stem.get(clip_name(name)) or by_stem.get(Path(name).name))}
+        raise UserError(
+            f"no .TextGrid files in {folder}; give the folder that MFA wrote, or leave out --textgrids"
+        )
+    exact, by_stem = (
+        {path.relative_to(folder).with_suffix("").as_posix(): path for path in grids},
+        {path.stem: path for path in grids},
+    )
+    return {
+        name: found
+        for name in names
+        if (found := exact.get(name) or by_stem.get(clip_name(name)) or by_stem.get(Path(name).name))
+    }
 
 # %% ../nbs/03b_ljspeech.ipynb #85b24f07
 def plan(config):
@@ -525,14 +600,24 @@ def plan(config):
         for part in PARTS:
             (config.out / part / "audio").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write the folder {config.out}: {error.strerror}; choose another one") from error
+        raise UserError(
+            f"cannot write the folder {config.out}: {error.strerror}; choose another one"
+        ) from error
     done, split = _finished(config, texts), stored_split(config, [name for name, _ in texts])
     if config.textgrids:
-        failures += [(name, "alignment", f"{name}.TextGrid is missing") for name, _ in texts if name not in grids and clip_name(name) not in done]
+        failures += [
+            (name, "alignment", f"{name}.TextGrid is missing")
+            for name, _ in texts
+            if name not in grids and clip_name(name) not in done
+        ]
         texts = [(name, text) for name, text in texts if name in grids]
-    tasks = [Task(name, text, config.raw, config.out, grids.get(name), config.lag, split[name], config.keep_unknown) for name, text in texts]
+    tasks = [
+        Task(
+            name, text, config.raw, config.out, grids.get(name), config.lag, split[name], config.keep_unknown
+        )
+        for name, text in texts
+    ]
     return tasks, done & {clip_name(task.name) for task in tasks}, failures
-
 
 # %% ../nbs/03b_ljspeech.ipynb #bfbf6ab6
 def _end_with_parent():
@@ -557,16 +642,19 @@ def made_clips(tasks, workers):
     try:
         yield pool.map(make_clip, tasks)
     except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, perhaps for lack of memory; give the same command again with fewer --workers") from error
+        raise UserError(
+            "a worker process was killed, perhaps for lack of memory; give the same command again with fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
 
 # %% ../nbs/03b_ljspeech.ipynb #fe17d028
 def move_clip(config, task, part):
     "The task of making a clip again in another part; it is taken out of its old one."
     rows = [row for row in manifest_rows(config, task.part) if row["id"] != clip_name(task.name)]
-    write_split(config, json.loads((config.out / "split.json").read_text(encoding="utf-8")) | {task.name: part})
+    write_split(
+        config, json.loads((config.out / "split.json").read_text(encoding="utf-8")) | {task.name: part}
+    )
     with atomic_write(config.out / task.part / "manifest.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (config.out / task.part / "audio" / f"{clip_name(task.name)}.flac").unlink(missing_ok=True)
@@ -578,8 +666,15 @@ def for_empty_parts(config, tasks) -> list:
     tasks, moved = [task for task in tasks if not is_lj_speech(task.name)], []
     made = {part: {row["id"] for row in manifest_rows(config, part)} for part in PARTS}
     # with two recordings val gets one, which training needs more than test
-    for giver, part, least in (("test", "train", 1), ("val", "train", 1), ("train", "test", 3), ("train", "val", 2)):
-        spare = {task.name: task for task in tasks if task.part == giver and clip_name(task.name) in made[giver]}
+    for giver, part, least in (
+        ("test", "train", 1),
+        ("val", "train", 1),
+        ("train", "test", 3),
+        ("train", "val", 2),
+    ):
+        spare = {
+            task.name: task for task in tasks if task.part == giver and clip_name(task.name) in made[giver]
+        }
         if made[part] or len(spare) < least:
             continue
         chosen = by_hash(spare, config.seed)[0]
@@ -594,10 +689,17 @@ def write_report(config, failures):
     parts = {}
     for part in PARTS:
         rows = manifest_rows(config, part)
-        parts[part] = dict(utterances=len(rows), hours=sum(row["samples"] for row in rows) / SAMPLE_RATE / 3600)
-    report = dict(**parts, failures=dict(Counter(kind for _, kind, _ in failures)), aligner=aligner_of(config))
+        parts[part] = dict(
+            utterances=len(rows), hours=sum(row["samples"] for row in rows) / SAMPLE_RATE / 3600
+        )
+    report = dict(
+        **parts, failures=dict(Counter(kind for _, kind, _ in failures)), aligner=aligner_of(config)
+    )
     with atomic_write(config.out / "failures.txt") as path:
-        path.write_text("".join("\t".join(" ".join(field.split()) for field in failure) + "\n" for failure in failures), encoding="utf-8")
+        path.write_text(
+            "".join("\t".join(" ".join(field.split()) for field in failure) + "\n" for failure in failures),
+            encoding="utf-8",
+        )
     with atomic_write(config.out / "report.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -626,7 +728,9 @@ def make_ljspeech(config: LJSpeechConfig, progress: bool = True):
     report = write_report(config, failures)
     if not any(report[part]["utterances"] for part in PARTS):
         name, kind, reason = failures[0]
-        raise UserError(f"none of the clips could be used ({len(failures)} failures; the first is {name}: {reason}); {config.out}/failures.txt has all")
+        raise UserError(
+            f"none of the clips could be used ({len(failures)} failures; the first is {name}: {reason}); {config.out}/failures.txt has all"
+        )
     return report
 
 
@@ -635,11 +739,27 @@ def main():
 
     config = tyro.cli(LJSpeechConfig, config=(tyro.conf.PositionalRequiredArgs,))
     report = make_ljspeech(config)
-    print(", ".join(f"{part}: {report[part]['utterances']} utterances ({report[part]['hours']:.2f} h)" for part in PARTS))
+    print(
+        ", ".join(
+            f"{part}: {report[part]['utterances']} utterances ({report[part]['hours']:.2f} h)"
+            for part in PARTS
+        )
+    )
     for part in ("val", "test"):
         if not report[part]["utterances"]:
-            print(f"{part} is empty: " + ("too few recordings could be used" if report["train"]["utterances"] < 3 else "LJSpeech's split is fixed, and these clips are not of that part")
-                  + ("; leave out --validation, and dlpo_nb.pretrain keeps some of train for it" if part == "val" else ""))
+            print(
+                f"{part} is empty: "
+                + (
+                    "too few recordings could be used"
+                    if report["train"]["utterances"] < 3
+                    else "LJSpeech's split is fixed, and these clips are not of that part"
+                )
+                + (
+                    "; leave out --validation, and dlpo_nb.pretrain keeps some of train for it"
+                    if part == "val"
+                    else ""
+                )
+            )
     if report["failures"]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report["failures"].items())
         print(f"not used: {kinds}; {config.out}/failures.txt says why")

@@ -23,7 +23,10 @@ class LowRank(nn.Module):
         super().__init__()
         columns = weight[0].numel()
         drawn = torch.randn(rank, columns, generator=generator, dtype=weight.dtype) / columns**0.5
-        self.a, self.b = nn.Parameter(drawn.to(weight.device)), nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.a, self.b = (
+            nn.Parameter(drawn.to(weight.device)),
+            nn.Parameter(weight.new_zeros(len(weight), rank)),
+        )
         self.scale, self.on = scale, True
 
     def forward(self, weight):
@@ -41,10 +44,14 @@ def add_lora(module, rank: int, alpha: float, generator=None):
     Raises UserError if there is no such layer, or the rank is below 1."""
     layers = [child for child in module.modules() if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     if rank < 1 or not layers:
-        raise UserError(f"a low-rank change needs a rank of at least 1 and layers to change; the rank is {rank}.")
+        raise UserError(
+            f"a low-rank change needs a rank of at least 1 and layers to change; the rank is {rank}."
+        )
     module.requires_grad_(False)
     for layer in layers:
-        parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, alpha / rank, generator))
+        parametrize.register_parametrization(
+            layer, "weight", LowRank(layer.weight, rank, alpha / rank, generator)
+        )
 
 # %% ../nbs/39b_lora.ipynb #bb2bc6d1
 @contextmanager

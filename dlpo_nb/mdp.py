@@ -18,17 +18,25 @@ from .text import pad_ids
 
 # %% ../nbs/10_mdp.ipynb #2bb50aaa
 def draw_steps(
-    spec: str, # "all", "last:N" (the N least noisy actions, t = 1..N) or "random:N" (drawn without replacement)
-    num_steps: int, # K, the length of the chain
-    generator: torch.Generator | None = None, # for "random:N"
-) -> list: # step indices, the noisiest first
+    spec: str,  # "all", "last:N" (the N least noisy actions, t = 1..N) or "random:N" (drawn without replacement)
+    num_steps: int,  # K, the length of the chain
+    generator: torch.Generator | None = None,  # for "random:N"
+) -> list:  # step indices, the noisiest first
     "Choose the steps of the chain whose actions are trained."
     kind, _, count = spec.partition(":")
     actions = num_steps - 1
-    valid = kind == "all" and not count or kind in ("last", "random") and count.isdecimal() and 1 <= int(count) <= actions
+    valid = (
+        kind == "all"
+        and not count
+        or kind in ("last", "random")
+        and count.isdecimal()
+        and 1 <= int(count) <= actions
+    )
     if not valid:
-        raise UserError(f"train steps '{spec}' do not fit a chain of {num_steps} steps: say 'all', 'last:N' or 'random:N' "
-                        f"with N from 1 to {actions} (the last step is deterministic and is no action).")
+        raise UserError(
+            f"train steps '{spec}' do not fit a chain of {num_steps} steps: say 'all', 'last:N' or 'random:N' "
+            f"with N from 1 to {actions} (the last step is deterministic and is no action)."
+        )
     if kind == "random":
         chosen = (torch.randperm(actions, generator=generator)[: int(count)] + 1).tolist()
     else:
@@ -45,35 +53,40 @@ def step_weight(spec: str, num_steps: int) -> float:
 @dataclass
 class Trajectory:
     "What one rollout leaves behind: the last states, their sound, and the (x_t, x_{t-1}) pairs of the trained steps; N = T * width."
-    indices: list # (B) place of each text in the whole batch
-    texts: list # (B*G) the text of each member
-    ids: torch.Tensor # (B, L) symbol ids, padded with 0
-    lengths: torch.Tensor # (B,) symbols of each text
-    conditioning: Conditioning # of the B texts
-    group_size: int # G, members of a text (1: no groups)
-    steps: list # trained steps, the noisiest first
-    x_t: tuple # per step: (B, N) where the members still share their state, else (B*G, N)
-    x_prev: tuple # per step: (B*G, N), the action that was taken
-    log_prob: torch.Tensor # (S, B*G) log p(x_prev | x_t) at rollout time
-    reduction: str # of log_prob over the numbers of a state: mean or sum
-    x_0: torch.Tensor # (B*G, N) last states, 0 past an item's end
-    x_0_lengths: torch.Tensor # (B*G,) numbers of state
-    audio: torch.Tensor # (B*G, samples) as rendered
-    audio_lengths: torch.Tensor # (B*G,) samples
-    x0_clipped_share: float # of the predicted x_0 outside the schedule's bounds in the trained steps, a mean over utterances
+
+    indices: list  # (B) place of each text in the whole batch
+    texts: list  # (B*G) the text of each member
+    ids: torch.Tensor  # (B, L) symbol ids, padded with 0
+    lengths: torch.Tensor  # (B,) symbols of each text
+    conditioning: Conditioning  # of the B texts
+    group_size: int  # G, members of a text (1: no groups)
+    steps: list  # trained steps, the noisiest first
+    x_t: tuple  # per step: (B, N) where the members still share their state, else (B*G, N)
+    x_prev: tuple  # per step: (B*G, N), the action that was taken
+    log_prob: torch.Tensor  # (S, B*G) log p(x_prev | x_t) at rollout time
+    reduction: str  # of log_prob over the numbers of a state: mean or sum
+    x_0: torch.Tensor  # (B*G, N) last states, 0 past an item's end
+    x_0_lengths: torch.Tensor  # (B*G,) numbers of state
+    audio: torch.Tensor  # (B*G, samples) as rendered
+    audio_lengths: torch.Tensor  # (B*G,) samples
+    x0_clipped_share: float  # of the predicted x_0 outside the schedule's bounds in the trained steps, a mean over utterances
 
     @property
-    def rows(self) -> list: # (B*G)
+    def rows(self) -> list:  # (B*G)
         "Place of each member in the whole batch."
-        return [index * self.group_size + member for index in self.indices for member in range(self.group_size)]
+        return [
+            index * self.group_size + member for index in self.indices for member in range(self.group_size)
+        ]
 
 
-def spread(values: torch.Tensor, rows: int) -> torch.Tensor: # (b, ...) -> (rows, ...)
+def spread(values: torch.Tensor, rows: int) -> torch.Tensor:  # (b, ...) -> (rows, ...)
     "Each row repeated side by side, to be one row per member."
     return values.repeat_interleave(rows // len(values), 0)
 
 
-def keyed_noise(keys, sizes, device="cpu"): # a tuple and a number of numbers for each item -> (len(keys), max(sizes))
+def keyed_noise(
+    keys, sizes, device="cpu"
+):  # a tuple and a number of numbers for each item -> (len(keys), max(sizes))
     "Standard normal noise, an item at a time, each from the generator of its own key; 0 past an item's end."
     rows = [torch.randn(size, generator=keyed_generator(*key)) for key, size in zip(keys, sizes, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -109,27 +122,29 @@ def x0_clipped_share(schedule, eps, x, t, mask):
 # %% ../nbs/10_mdp.ipynb #e0b1f13d
 @torch.no_grad()
 def rollout(
-    policy, # a Policy
-    schedule, # NoiseSchedule with K steps
-    texts: list, # the B texts
-    ids: list, # their symbol ids
-    steps: list, # trained steps, from `draw_steps`
-    key: tuple, # first part of every noise key, such as (seed, "rollout", episode)
-    indices: list, # global index of each text: second part of its noise key
-    group_size: int = 1, # G rollouts of each text
-    fork: int | None = None, # members share the chain above this step; None: they share nothing
-    reduction: str = "mean", # of log-probabilities over the numbers of a state: mean or sum
+    policy,  # a Policy
+    schedule,  # NoiseSchedule with K steps
+    texts: list,  # the B texts
+    ids: list,  # their symbol ids
+    steps: list,  # trained steps, from `draw_steps`
+    key: tuple,  # first part of every noise key, such as (seed, "rollout", episode)
+    indices: list,  # global index of each text: second part of its noise key
+    group_size: int = 1,  # G rollouts of each text
+    fork: int | None = None,  # members share the chain above this step; None: they share nothing
+    reduction: str = "mean",  # of log-probabilities over the numbers of a state: mean or sum
 ) -> Trajectory:
     "Run the reverse chain of B texts x G members and keep the pairs of `steps`. Raises UserError if a step lies above the fork."
     if fork is not None and max(steps) > fork:
-        raise UserError(f"step {max(steps)} is trained but lies above the fork at step {fork}, where all members of a group act alike; "
-                        f"train steps up to {fork} or fork earlier.")
+        raise UserError(
+            f"step {max(steps)} is trained but lies above the fork at step {fork}, where all members of a group act alike; "
+            f"train steps up to {fork} or fork earlier."
+        )
     device = next(policy.parameters()).device
     ids, lengths = (v.to(device) for v in pad_ids(ids))
     conditioning = policy.condition(ids, lengths)
     sizes, mask = conditioning.frames * policy.width, state_mask(conditioning.frames, policy.width)
     noise = partial(step_noise, key, indices, sizes.tolist(), group_size, fork=fork, device=device)
-    x, kept = noise(schedule.num_steps), [] # x_T: its step is one above the first
+    x, kept = noise(schedule.num_steps), []  # x_T: its step is one above the first
     for t in range(schedule.num_steps - 1, 0, -1):
         eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
         action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z) * z
@@ -139,20 +154,36 @@ def rollout(
             kept.append((x, action, log_prob, x0_clipped_share(schedule, eps, x, t, mask)))
         x = action
     eps = predict_noise(policy, schedule, x, conditioning, 0)
-    x_0 = schedule.mean(eps, x, 0) * spread(mask, len(x)) # no action: there is nothing random in it
+    x_0 = schedule.mean(eps, x, 0) * spread(mask, len(x))  # no action: there is nothing random in it
     audio, audio_lengths = policy.render(x_0, conditioning.repeat(group_size))
     x_t, x_prev, log_prob, clipped = zip(*kept)
     return Trajectory(
-        list(indices), [text for text in texts for _ in range(group_size)], ids, lengths, conditioning, group_size,
-        list(steps), x_t, x_prev, torch.stack(log_prob), reduction, x_0, sizes.repeat_interleave(group_size),
-        audio, audio_lengths, float(torch.stack(clipped).mean()))
+        list(indices),
+        [text for text in texts for _ in range(group_size)],
+        ids,
+        lengths,
+        conditioning,
+        group_size,
+        list(steps),
+        x_t,
+        x_prev,
+        torch.stack(log_prob),
+        reduction,
+        x_0,
+        sizes.repeat_interleave(group_size),
+        audio,
+        audio_lengths,
+        float(torch.stack(clipped).mean()),
+    )
 
 # %% ../nbs/10_mdp.ipynb #3af4171f
 def replay(
-    policy, schedule, trajectory: Trajectory,
-    s: int, # which of the stored steps
-    conditioning: Conditioning | None = None, # of the B texts, fresh, where the encoder is trained too
-): # -> (B*G,), (rows of x_t, N)
+    policy,
+    schedule,
+    trajectory: Trajectory,
+    s: int,  # which of the stored steps
+    conditioning: Conditioning | None = None,  # of the B texts, fresh, where the encoder is trained too
+):  # -> (B*G,), (rows of x_t, N)
     "Log-probability, with gradient, of the stored actions of one step under the current weights; also eps."
     t = trajectory
     conditioning = t.conditioning if conditioning is None else conditioning
@@ -164,12 +195,22 @@ def select_text(t: Trajectory, i: int) -> Trajectory:
     G, B = t.group_size, len(t.indices)
     members, size, samples = slice(i * G, (i + 1) * G), int(t.x_0_lengths[i * G]), int(t.audio_lengths[i * G])
 
-    def states(x): # (B or B*G, N)
+    def states(x):  # (B or B*G, N)
         each = len(x) // B
         return x[i * each : (i + 1) * each, :size]
 
     return replace(
-        t, indices=t.indices[i : i + 1], texts=t.texts[members], ids=t.ids[i : i + 1, : int(t.lengths[i])],
-        lengths=t.lengths[i : i + 1], conditioning=t.conditioning.select(i), x_t=tuple(map(states, t.x_t)),
-        x_prev=tuple(map(states, t.x_prev)), log_prob=t.log_prob[:, members], x_0=t.x_0[members, :size],
-        x_0_lengths=t.x_0_lengths[members], audio=t.audio[members, :samples], audio_lengths=t.audio_lengths[members])
+        t,
+        indices=t.indices[i : i + 1],
+        texts=t.texts[members],
+        ids=t.ids[i : i + 1, : int(t.lengths[i])],
+        lengths=t.lengths[i : i + 1],
+        conditioning=t.conditioning.select(i),
+        x_t=tuple(map(states, t.x_t)),
+        x_prev=tuple(map(states, t.x_prev)),
+        log_prob=t.log_prob[:, members],
+        x_0=t.x_0[members, :size],
+        x_0_lengths=t.x_0_lengths[members],
+        audio=t.audio[members, :samples],
+        audio_lengths=t.audio_lengths[members],
+    )

@@ -11,20 +11,38 @@ __all__ = ['TOP_LEVEL', 'EXTENSIONS', 'ADDRESS_SIGNS', 'SPELLED_IN_ADDRESSES', '
 import re
 
 from .core import UserError
-from .quantities import COMPASS, with_range  # the rules of quantities come first where two tokens are equally long
-from .tokens import SIGNS, after, before, closing_stop, cardinal, dictionary, fold, longest_token, number, ordinal, spell_digits, token
+from dlpo_nb.quantities import (
+    COMPASS,
+    with_range,
+)  # the rules of quantities come first where two tokens are equally long
+from dlpo_nb.tokens import (
+    SIGNS,
+    after,
+    before,
+    closing_stop,
+    cardinal,
+    dictionary,
+    fold,
+    longest_token,
+    number,
+    ordinal,
+    spell_digits,
+    token,
+)
 
 # %% ../nbs/01c_normalisation.ipynb #da3d74a7
 TOP_LEVEL = "com|org|net|edu|gov|mil|int|info|io|ai|app|dev|co|uk|de|fr|eu|ca|au|us|tv|me|nl|it|es|jp|cn|ch"
-EXTENSIONS = ("py|txt|md|pdf|csv|tsv|json|html?|xml|exe|jpe?g|png|gif|wav|mp3|mp4|flac|docx?|xlsx?|zip|tar|gz|sh|js|css|cpp|"
-              "ipynb|ya?ml|toml|pt")
-ADDRESS_SIGNS = {".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", ":": "colon",
-                 "?": "question mark",
-                 "=": "equals", "&": "and", "#": "hash", "+": "plus", "%": "percent", "~": "tilde",
-                 "\\": "backslash", ",": "comma",
-                 "*": "asterisk", "!": "exclamation mark", "$": "dollar", ";": "semicolon",
-                 "(": "open bracket", ")": "close bracket",
-                 "'": "apostrophe", "|": "bar", "[": "open bracket", "]": "close bracket"}
+EXTENSIONS = (
+    "py|txt|md|pdf|csv|tsv|json|html?|xml|exe|jpe?g|png|gif|wav|mp3|mp4|flac|docx?|xlsx?|zip|tar|gz|sh|js|css|cpp|"
+    "ipynb|ya?ml|toml|pt"
+)
+ADDRESS_SIGNS = {
+    ".": "dot", "/": "slash", "-": "dash", "_": "underscore", "@": "at", ":": "colon", "?": "question mark",
+    "=": "equals", "&": "and", "#": "hash", "+": "plus", "%": "percent", "~": "tilde", "\\": "backslash",
+    ",": "comma", "*": "asterisk", "!": "exclamation mark", "$": "dollar", ";": "semicolon",
+    "(": "open bracket", ")": "close bracket", "'": "apostrophe", "|": "bar", "[": "open bracket",
+    "]": "close bracket",
+}  # fmt: skip
 SPELLED_IN_ADDRESSES = set("www http https ftp uk us eu de fr ca au tv io ai html pdf php ac id py".split())
 
 
@@ -39,24 +57,34 @@ def _address_part(part):
     return low if read and low not in SPELLED_IN_ADDRESSES else " ".join(part.upper())
 
 # %% ../nbs/01c_normalisation.ipynb #d35e90c2
-@token("address", r"(?:https?|ftp|file)://[^\s<>\"]+", r"www\.[^\s<>\"]+",
-       r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+(?:/[^\s<>\"]*)?",
-       rf"[A-Za-z][\w-]*(?:\.[\w-]+)*\.(?:{TOP_LEVEL})(?!\.?\w)(?:[/?:][^\s<>\"]*)?",
-       rf"[\w-]+(?:\.[\w-]+)*\.(?:{EXTENSIONS})",
-       r"[A-Za-z]:\\[^\s<>\"]*", r"(?<![\w.])~?/[A-Za-z][\w.-]*(?:/[\w.-]+)+/?",
-       r"(?<![A-Za-z])[a-z][a-z\d_-]*(?:\.[a-z][a-z\d_-]*)+")
+@token(
+    "address",
+    r"(?:https?|ftp|file)://[^\s<>\"]+",
+    r"www\.[^\s<>\"]+",
+    r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+(?:/[^\s<>\"]*)?",
+    rf"[A-Za-z][\w-]*(?:\.[\w-]+)*\.(?:{TOP_LEVEL})(?!\.?\w)(?:[/?:][^\s<>\"]*)?",
+    rf"[\w-]+(?:\.[\w-]+)*\.(?:{EXTENSIONS})",
+    r"[A-Za-z]:\\[^\s<>\"]*",
+    r"(?<![\w.])~?/[A-Za-z][\w.-]*(?:/[\w.-]+)+/?",
+    r"(?<![A-Za-z])[a-z][a-z\d_-]*(?:\.[a-z][a-z\d_-]*)+",
+)
 def _address(match):
     "An address, a path, a file: signs by name, digits one by one; punctuation at its end is the sentence's."
-    if "://" not in match[0] and "@" not in match[0] and re.match(r"[A-Za-z]+\.(?:It|Us|Me|In|It's)\b",
-                                                                  match[0]):
+    if (
+        "://" not in match[0]
+        and "@" not in match[0]
+        and re.match(r"[A-Za-z]+\.(?:It|Us|Me|In|It's)\b", match[0])
+    ):
         return None  # "The end.It began": a forgotten space
-    if re.fullmatch("[a-z]+(?:\\.[a-z]+)+",
-                    match[0]) and all(part in dictionary() for part in match[0].split(".")) and not re.search(
-            rf"\.(?:{TOP_LEVEL}|{EXTENSIONS})$", match[0]):
+    if (
+        re.fullmatch("[a-z]+(?:\\.[a-z]+)+", match[0])
+        and all(part in dictionary() for part in match[0].split("."))
+        and not re.search(rf"\.(?:{TOP_LEVEL}|{EXTENSIONS})$", match[0])
+    ):
         return None  # so is "the end.it began"
     text = match[0].rstrip(".,;:!?)'")
     parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|\S", text)
-    return " ".join(map(_address_part, parts)) + match[0][len(text):]
+    return " ".join(map(_address_part, parts)) + match[0][len(text) :]
 
 
 @token("tag", r"(?<!\w)[#@][A-Za-z]\w*")
@@ -69,27 +97,35 @@ def _tag(match):
 def _digits(text, zero="oh"):
     "A telephone number: digit by digit, a short pause between groups; letters as a word."
     known = {"800": "eight hundred", "0800": "oh eight hundred"}
-    groups = [known.get(g) or (spell_digits(g, zero) if g.isdigit() else g.lower())
-              for g in re.findall(r"\d+|[A-Z]+", text)]
+    groups = [
+        known.get(g) or (spell_digits(g, zero) if g.isdigit() else g.lower())
+        for g in re.findall(r"\d+|[A-Z]+", text)
+    ]
     return ("plus " if text.lstrip().startswith("+") else "") + ", ".join(groups)
 
 
 EXTENSION = r"(?:,?\s(?:ext|extension|x)\.?\s?(\d+))?"
 
 
-@token("telephone", rf"(?:\+?\d{{1,3}}[ .-])?(?:\(\d{{3}}\)[ -]?|\d{{3}}[ .-])\d{{3}}[ .-]\d{{4}}{EXTENSION}",
-       rf"\d{{3}}-\d{{4}}(?!-){EXTENSION}",
-       rf"\+\d{{1,3}}(?:[ -]?\(?\d{{1,5}}\)?){{2,5}}{EXTENSION}",
-       rf"\(?0\d{{2,4}}\)?(?:[ -]\d{{3,4}}){{1,3}}{EXTENSION}", r"1-8\d\d-[A-Z\d-]{4,}()")
+@token(
+    "telephone",
+    rf"(?:\+?\d{{1,3}}[ .-])?(?:\(\d{{3}}\)[ -]?|\d{{3}}[ .-])\d{{3}}[ .-]\d{{4}}{EXTENSION}",
+    rf"\d{{3}}-\d{{4}}(?!-){EXTENSION}",
+    rf"\+\d{{1,3}}(?:[ -]?\(?\d{{1,5}}\)?){{2,5}}{EXTENSION}",
+    rf"\(?0\d{{2,4}}\)?(?:[ -]\d{{3,4}}){{1,3}}{EXTENSION}",
+    r"1-8\d\d-[A-Z\d-]{4,}()",
+)
 def _telephone(match):
     number_only = match[0][: match.start(1) - match.start()] if match[1] else match[0]
     words = _digits(re.sub(r"[^\d+A-Z ()-]", " ", number_only))
     return words + (f", extension {cardinal(match[1])}" if match[1] else "")
 
 # %% ../nbs/01c_normalisation.ipynb #9e824478
-@token("telephone",
-       r"(?i:(call|dial|ring|phone|text|tel|telephone|mobile|fax)((?:\.|:)*(?: (?:me|us|him|her))?(?: (?:at|on))?:?))"
-       r" (1-8\d\d-[A-Z\d-]{4,}|[\d(][\d() .-]*\d)" + EXTENSION)
+@token(
+    "telephone",
+    r"(?i:(call|dial|ring|phone|text|tel|telephone|mobile|fax)((?:\.|:)*(?: (?:me|us|him|her))?(?: (?:at|on))?:?))"
+    r" (1-8\d\d-[A-Z\d-]{4,}|[\d(][\d() .-]*\d)" + EXTENSION,
+)
 def _called(match):
     "Call 911, Tel.: 020 7946 0958; but not: call 250 people."
     counted = after(match, r"\s*(?:times|people|men|women|percent|%|[a-z]{3,}s\b)")
@@ -105,62 +141,75 @@ def _emergency(match):
     return None if counts or before(match, r"(?i:porsche |boeing |room |page )") else spell_digits(match[0])
 
 # %% ../nbs/01c_normalisation.ipynb #931badb1
-@token("serial",
-       r"(?i:(ISBN|SSN|PIN|OTP|zip|zip code|code|card|account|ending)((?: number| no\.| is| in|:)*)) (\d[\d -]*\d)",
-       r"()()(\d{4}(?: \d{4}){2,3})", r"()()(\d+(?:-\d+){2,})", r"()()(\d{5}-\d{4})",
-       r"(?<=, )([A-Z][A-Z])(,?) (\d{5}(?:-\d{4})?)")
+@token(
+    "serial",
+    r"(?i:(ISBN|SSN|PIN|OTP|zip|zip code|code|card|account|ending)((?: number| no\.| is| in|:)*)) (\d[\d -]*\d)",
+    r"()()(\d{4}(?: \d{4}){2,3})",
+    r"()()(\d+(?:-\d+){2,})",
+    r"()()(\d{5}-\d{4})",
+    r"(?<=, )([A-Z][A-Z])(,?) (\d{5}(?:-\d{4})?)",
+)
 def _serial(match):
     "Digits one by one: numbers that name, and count nothing."
     if match[1] and sum(c.isdigit() for c in match[3]) < 4:
         return None  # code 12
     word = " ".join(match[1]) if match[1].isupper() and match[1] not in ("ZIP", "PIN") else match[1].lower()
-    return f"{word}{match[2].lower()} {spell_digits(match[3])}".replace("no.", "number").replace(":",
-                                                                                                 ",").strip()
+    return (
+        f"{word}{match[2].lower()} {spell_digits(match[3])}".replace("no.", "number")
+        .replace(":", ",")
+        .strip()
+    )
 
 
-@token("version", r"([vV](?:er\.? ?|ersion |\. ?)?)?(\d+(?:\.\d+){2,})",
-       r"([vV]|[vV]ersion |[vV]er\. ?)(\d{1,3}(?:\.\d+)?)")
+@token(
+    "version",
+    r"([vV](?:er\.? ?|ersion |\. ?)?)?(\d+(?:\.\d+){2,})",
+    r"([vV]|[vV]ersion |[vV]er\. ?)(\d{1,3}(?:\.\d+)?)",
+)
 def _version(match):
     "2.0.1 as two point zero point one; four numbers below 256 are an internet address."
     parts = match[2].split(".")
     if not match[1] and len(parts) == 4 and all(int(p) < 256 for p in parts):
         return " dot ".join(spell_digits(p) for p in parts)
-    if not match[1] and all(len(p) == 3 for p in parts[1:]) and len(parts[0]) < 4:  # 1.000.000, as Europe writes it
+    if (
+        not match[1] and all(len(p) == 3 for p in parts[1:]) and len(parts[0]) < 4
+    ):  # 1.000.000, as Europe writes it
         return cardinal("".join(parts))
     return ("version " if match[1] else "") + " point ".join(cardinal(p) for p in parts)
 
 # %% ../nbs/01c_normalisation.ipynb #1569bdd8
 ABBREVIATIONS = {
     "mr": "mister", "mrs": "missus", "ms": "miz", "dr": "doctor", "prof": "professor", "gen": "general",
-    "col": "colonel",
-    "capt": "captain", "lt": "lieutenant", "sgt": "sergeant", "maj": "major", "rev": "reverend",
-    "hon": "honorable", "gov": "governor",
-    "sen": "senator", "rep": "representative", "cpl": "corporal", "cmdr": "commander", "adm": "admiral",
-    "supt": "superintendent",
-    "drs": "doctors", "messrs": "messers", "esq": "esquire", "jr": "junior", "sr": "senior", "co": "company",
-    "corp": "corporation",
-    "inc": "incorporated", "ltd": "limited", "bros": "brothers", "univ": "university", "assn": "association",
-    "ft": "fort", "mt": "mount",
-    "dept": "department", "apt": "apartment", "ste": "suite", "vs": "versus", "approx": "approximately",
-    "vol": "volume", "vols": "volumes",
+    "col": "colonel", "capt": "captain", "lt": "lieutenant", "sgt": "sergeant", "maj": "major",
+    "rev": "reverend", "hon": "honorable", "gov": "governor", "sen": "senator", "rep": "representative",
+    "cpl": "corporal", "cmdr": "commander", "adm": "admiral", "supt": "superintendent", "drs": "doctors",
+    "messrs": "messers", "esq": "esquire", "jr": "junior", "sr": "senior", "co": "company",
+    "corp": "corporation", "inc": "incorporated", "ltd": "limited", "bros": "brothers", "univ": "university",
+    "assn": "association", "ft": "fort", "mt": "mount", "dept": "department", "apt": "apartment",
+    "ste": "suite", "vs": "versus", "approx": "approximately", "vol": "volume", "vols": "volumes",
     "etc": "et cetera", "et al": "et al", "cf": "compare", "ext": "extension", "tel": "telephone",
-    "lat": "latitude", "incl": "including",
-    "aug": "august", "sept": "september", "oct": "october", "nov": "november", "dec": "december",
-    "jan": "january", "feb": "february"}
+    "lat": "latitude", "incl": "including", "aug": "august", "sept": "september", "oct": "october",
+    "nov": "november", "dec": "december", "jan": "january", "feb": "february",
+}  # fmt: skip
 # these never end a sentence
-TITLES = set("mr mrs ms dr drs prof gen col capt lt sgt maj rev hon gov sen rep cpl cmdr adm supt messrs vs".split())
-STREETS = {"dr": "drive", "st": "street", "ave": "avenue", "rd": "road", "blvd": "boulevard", "ln": "lane",
-           "ct": "court", "pl": "place",
-           "hwy": "highway", "pkwy": "parkway", "expy": "expressway", "sq": "square"}
-BEFORE_NUMBERS = {"p": "page", "pp": "pages", "fig": "figure", "figs": "figures", "ch": "chapter",
-                  "sec": "section", "eq": "equation", "eqs": "equations",
-                  "no": "number", "nos": "numbers", "n°": "number", "ca": "circa", "max": "maximum",
-                  "min": "minimum", "est": "established",
-                  "art": "article", "par": "paragraph", "tab": "table"}
-FIXED = {r"[Ee]\.\s?g\.,?": "for example", r"[Ii]\.\s?e\.,?": "that is", r"a\.?k\.?a\.?": "also known as",
-         r"w/o": "without", r"w/\s?(?=\w)": "with ",
-         r"[Nn]/[Aa]": "N A", r"Ph\.?\s?D\.?": "P H D", r"Ph\.?\s?Ds": "P H D's",
-         r"([MB])\.?Sc\.?": r"\1 S C", r"o'clock": "o'clock"}
+TITLES = set(
+    "mr mrs ms dr drs prof gen col capt lt sgt maj rev hon gov sen rep cpl cmdr adm supt messrs vs".split()
+)
+STREETS = {
+    "dr": "drive", "st": "street", "ave": "avenue", "rd": "road", "blvd": "boulevard", "ln": "lane",
+    "ct": "court", "pl": "place", "hwy": "highway", "pkwy": "parkway", "expy": "expressway", "sq": "square",
+}  # fmt: skip
+BEFORE_NUMBERS = {
+    "p": "page", "pp": "pages", "fig": "figure", "figs": "figures", "ch": "chapter", "sec": "section",
+    "eq": "equation", "eqs": "equations", "no": "number", "nos": "numbers", "n°": "number", "ca": "circa",
+    "max": "maximum", "min": "minimum", "est": "established", "art": "article", "par": "paragraph",
+    "tab": "table",
+}  # fmt: skip
+FIXED = {
+    r"[Ee]\.\s?g\.,?": "for example", r"[Ii]\.\s?e\.,?": "that is", r"a\.?k\.?a\.?": "also known as",
+    r"w/o": "without", r"w/\s?(?=\w)": "with ", r"[Nn]/[Aa]": "N A", r"Ph\.?\s?D\.?": "P H D",
+    r"Ph\.?\s?Ds": "P H D's", r"([MB])\.?Sc\.?": r"\1 S C", r"o'clock": "o'clock",
+}  # fmt: skip
 
 # %% ../nbs/01c_normalisation.ipynb #48fbbe37
 @token("abbreviation", rf"(?i:({'|'.join(STREETS)}))(\.?)")
@@ -196,8 +245,12 @@ def _direction(match):
     return COMPASS[match[1]] if before(match, r"\d\w* ") else None
 
 
-@token("abbreviation", rf"(?i:({'|'.join(BEFORE_NUMBERS)}))\.?\s?(?=[A-Z]?\d|\()", r"(Est)\.(?= in\b)",
-       r"(c)\. ?(?=\d{3,4}(?!\d))")
+@token(
+    "abbreviation",
+    rf"(?i:({'|'.join(BEFORE_NUMBERS)}))\.?\s?(?=[A-Z]?\d|\()",
+    r"(Est)\.(?= in\b)",
+    r"(c)\. ?(?=\d{3,4}(?!\d))",
+)
 def _before_number(match):
     word = match[1].lower()
     if word == "c":
@@ -207,13 +260,29 @@ def _before_number(match):
     return BEFORE_NUMBERS[word] + " "
 
 # %% ../nbs/01c_normalisation.ipynb #9304da6b
-RULERS = ("Alexander|Catherine|Charles|Edward|Elizabeth|Francis|Frederick|George|Henry|James|John|Louis|"
-          "Napoleon|Nicholas|Paul|Peter|Philip|Pius|Richard|William|Leo|Gregory|Benedict|Ivan")
-HEADINGS = ("Acts?|Appendix|Article|Bowl|Book|Canto|Chapter|Class|Figure|Grade|Level|Mark|Pact|Parts?|Phase|Psalm|"
-            "Scene|Section|Sonata|Stage|Symphony|Tables?|Title|Types?|Units?|Vol\\.|Volume|War")
-READ_AS_WORDS = set("COVID SARS MERS AIDS NASA NATO UNESCO UNICEF OPEC FIFA UEFA SWAT FEMA OSHA PIN SIM RAM LAN GIF "
-                    "LASER RADAR SCUBA".split())
-SPELLED_CAPITALS = {"US", "UK", "UN", "EU", "PM", "AM", "ID", "EST", "AD"}  # words of the dictionary in small letters
+RULERS = (
+    "Alexander|Catherine|Charles|Edward|Elizabeth|Francis|Frederick|George|Henry|James|John|Louis|"
+    "Napoleon|Nicholas|Paul|Peter|Philip|Pius|Richard|William|Leo|Gregory|Benedict|Ivan"
+)
+HEADINGS = (
+    "Acts?|Appendix|Article|Bowl|Book|Canto|Chapter|Class|Figure|Grade|Level|Mark|Pact|Parts?|Phase|Psalm|"
+    "Scene|Section|Sonata|Stage|Symphony|Tables?|Title|Types?|Units?|Vol\\.|Volume|War"
+)
+READ_AS_WORDS = set(
+    "COVID SARS MERS AIDS NASA NATO UNESCO UNICEF OPEC FIFA UEFA SWAT FEMA OSHA PIN SIM RAM LAN GIF "
+    "LASER RADAR SCUBA".split()
+)
+SPELLED_CAPITALS = {
+    "US",
+    "UK",
+    "UN",
+    "EU",
+    "PM",
+    "AM",
+    "ID",
+    "EST",
+    "AD",
+}  # words of the dictionary in small letters
 LETTERED = "Plan|Vitamin|Grade|Type|Class|Group|Team|Section|Exhibit|Appendix|Part|Model|Option|Gate"
 ROMAN = r"[IVXLCDM]+"
 
@@ -231,8 +300,11 @@ def _ruler(match):
     return f"{match[1].lower()} the {ordinal(str(roman(match[2])))}" if roman(match[2]) else None
 
 
-@token("roman", rf"(?i:({HEADINGS})) ({ROMAN}(?:(?:, | and | or |-|, and ){ROMAN})*)",
-       r"()(I(?:, [IVX]+)+,? (?:and|or) [IVX]+)")
+@token(
+    "roman",
+    rf"(?i:({HEADINGS})) ({ROMAN}(?:(?:, | and | or |-|, and ){ROMAN})*)",
+    r"()(I(?:, [IVX]+)+,? (?:and|or) [IVX]+)",
+)
 def _heading(match):
     "World War I, Acts I, II and III."
     head = ABBREVIATIONS.get(match[1].lower().rstrip("."), match[1].lower())
@@ -243,8 +315,12 @@ def _heading(match):
     return f"{head} {numbers}".lstrip()
 
 
-@token("roman", r"(?<=[a-z] )([IVX]{2,})()",
-       r"(?<=[a-z] )([IVXLCDM]{2,})(?= (century|dynasty|legion|olympiad))", r"([MDCLXVI]{4,})()")
+@token(
+    "roman",
+    r"(?<=[a-z] )([IVX]{2,})()",
+    r"(?<=[a-z] )([IVXLCDM]{2,})(?= (century|dynasty|legion|olympiad))",
+    r"([MDCLXVI]{4,})()",
+)
 def _roman_number(match):
     "A Roman number by itself: two signs of I, V, X behind a word, or four signs that are no word."
     value = roman(match[1])
@@ -260,7 +336,9 @@ def _is_read(word):
     if word in READ_AS_WORDS or not known:
         return word in READ_AS_WORDS or len(word) > 5 and bool(re.search("[AEIOUY]", word))
     letters = [phone for letter in word.lower() for phone in dictionary()[letter + "."]]
-    return word not in SPELLED_CAPITALS and [p.rstrip("012") for p in known] != [p.rstrip("012") for p in letters]
+    return word not in SPELLED_CAPITALS and [p.rstrip("012") for p in known] != [
+        p.rstrip("012") for p in letters
+    ]
 
 
 @token("capitals", r"([A-Z]{2,})('?s|'S)?")
@@ -294,7 +372,11 @@ def _mixed(match):
         if part.isdigit():
             words.append(cardinal(part) if len(part) < 4 or not words else spell_digits(part))
         else:
-            read = len(part) > 3 and _is_read(part) if part.isupper() else len(part) > 1 and re.search("[aeiouy]", part)
+            read = (
+                len(part) > 3 and _is_read(part)
+                if part.isupper()
+                else len(part) > 1 and re.search("[aeiouy]", part)
+            )
             words.append(part.lower() if read else " ".join(part.upper()))
     return " ".join(words) + ("-" if match[0].endswith("-") else "")
 
@@ -307,8 +389,9 @@ def _word(match):
         return word.lower()
     if word == "A":
         name = before(match, rf"(?:(?<![A-Za-z'])[a-z']+|{LETTERED}) ") and not after(match, r" [\"'(]?[A-Z]")
-        return word if name or before(match, r"\w-") or not after(match,
-                                                                  r"[\s-]+[\"'(]?[A-Za-z\d$£€]") else "a"
+        return (
+            word if name or before(match, r"\w-") or not after(match, r"[\s-]+[\"'(]?[A-Za-z\d$£€]") else "a"
+        )
     return "i" if word == "I" and not before(match, r"\b[A-Z] ") else word
 
 # %% ../nbs/01c_normalisation.ipynb #ea709ae3

@@ -25,11 +25,12 @@ from .weights import check_entries, read_weights, write_weights
 @dataclass
 class Conditioning:
     "What a policy makes of a batch of B texts."
-    hidden: torch.Tensor # (B, C, T) per frame, 0 past an item's end
-    frames: torch.Tensor # (B,) int64, frames of each item, 1 or more
-    durations: torch.Tensor # (B, L) frames of each symbol, as used
-    seconds: torch.Tensor # (B, L) durations as predicted, with gradient
-    mask: torch.Tensor # (B, L) bool, True at symbols
+
+    hidden: torch.Tensor  # (B, C, T) per frame, 0 past an item's end
+    frames: torch.Tensor  # (B,) int64, frames of each item, 1 or more
+    durations: torch.Tensor  # (B, L) frames of each symbol, as used
+    seconds: torch.Tensor  # (B, L) durations as predicted, with gradient
+    mask: torch.Tensor  # (B, L) bool, True at symbols
 
     def repeat(self, times: int):
         "Each text `times` times, side by side: a batch of B * times."
@@ -39,10 +40,12 @@ class Conditioning:
         "The i-th text alone, a batch of 1 without padding."
         row, symbols = slice(i, i + 1), int(self.mask[i].sum())
         per_symbol = {name: getattr(self, name)[row, :symbols] for name in ("durations", "seconds", "mask")}
-        return replace(self, hidden=self.hidden[row, :, : int(self.frames[i])], frames=self.frames[row], **per_symbol)
+        return replace(
+            self, hidden=self.hidden[row, :, : int(self.frames[i])], frames=self.frames[row], **per_symbol
+        )
 
 
-def state_mask(frames: torch.Tensor, width: int) -> torch.Tensor: # (B,) -> (B, max(frames) * width) float
+def state_mask(frames: torch.Tensor, width: int) -> torch.Tensor:  # (B,) -> (B, max(frames) * width) float
     "1 on the numbers of state that belong to each item, 0 past its end."
     positions = torch.arange(int(frames.max()) * width, device=frames.device)
     return (positions[None] < frames[:, None] * width).float()
@@ -51,12 +54,18 @@ def state_mask(frames: torch.Tensor, width: int) -> torch.Tensor: # (B,) -> (B, 
 def check_symbols(ids, lengths, n_symbols):
     "Raises UserError if ids (B, L) and lengths (B,) are not a batch of symbols."
     if ids.ndim != 2 or lengths.shape != ids.shape[:1] or not ids.numel():
-        raise UserError(f"symbol ids {tuple(ids.shape)} and lengths {tuple(lengths.shape)} do not fit; expected (B, L) and (B,), with B and L at least 1")
+        raise UserError(
+            f"symbol ids {tuple(ids.shape)} and lengths {tuple(lengths.shape)} do not fit; expected (B, L) and (B,), with B and L at least 1"
+        )
     if int(lengths.min()) < 1 or int(lengths.max()) > ids.shape[1]:
-        raise UserError(f"lengths {lengths.tolist()} must lie between 1 and the width of the ids, {ids.shape[1]}; leave out texts without symbols")
+        raise UserError(
+            f"lengths {lengths.tolist()} must lie between 1 and the width of the ids, {ids.shape[1]}; leave out texts without symbols"
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= n_symbols:
-        raise UserError(f"symbol ids range from {low} to {high}, but this model knows 0 to {n_symbols - 1}; make them with its `encode`")
+        raise UserError(
+            f"symbol ids range from {low} to {high}, but this model knows 0 to {n_symbols - 1}; make them with its `encode`"
+        )
 
 # %% ../nbs/04b_policy.ipynb #2bdf9b71
 POLICIES = Registry("policy")
@@ -66,15 +75,19 @@ class Policy(nn.Module, ABC):
     """A text-to-speech diffusion model, as rollouts, objectives and evaluation see it.
 
     All its tensors are parameters or persistent buffers: `load_policy` builds it without values and fills them in."""
-    kind: str # its name in POLICIES and in its files
-    Config: type # dataclass of its sizes, the one argument of __init__
-    sample_rate: int # of the audio, Hz
-    width: int # numbers of state per frame
-    frame_rate: float # frames per second
+
+    kind: str  # its name in POLICIES and in its files
+    Config: type  # dataclass of its sizes, the one argument of __init__
+    sample_rate: int  # of the audio, Hz
+    width: int  # numbers of state per frame
+    frame_rate: float  # frames per second
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.metadata = config, {} # metadata: what the file that it was read from says about itself
+        self.config, self.metadata = (
+            config,
+            {},
+        )  # metadata: what the file that it was read from says about itself
 
     @abstractmethod
     def encode(self, texts: list) -> list:
@@ -112,7 +125,9 @@ class Policy(nn.Module, ABC):
         "The modules that are tuned unless all are; `condition` must not depend on them."
         return [self.decoder]
 
-    def synthesise(self, texts_or_ids, schedule, generator=None, clip=True, progress=False, **options) -> list:
+    def synthesise(
+        self, texts_or_ids, schedule, generator=None, clip=True, progress=False, **options
+    ) -> list:
         "Speak, in evaluation mode; see the function `synthesise`."
         with evaluating(self):
             return synthesise(self, texts_or_ids, schedule, generator, clip, progress, **options)
@@ -145,14 +160,16 @@ def evaluating(model: nn.Module):
 
 
 def draw_noise(
-    sizes: list, # numbers of state of each item
-    generator, # torch.Generator, a list of them (one per item), or None: torch's global one
+    sizes: list,  # numbers of state of each item
+    generator,  # torch.Generator, a list of them (one per item), or None: torch's global one
     device,
-) -> torch.Tensor: # (B, max(sizes)), 0 past an item's end
+) -> torch.Tensor:  # (B, max(sizes)), 0 past an item's end
     "Standard normal noise, item after item."
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(sizes)
     if len(generators) != len(sizes):
-        raise UserError(f"{len(generators)} generators for {len(sizes)} texts; give one generator for all, or one for each")
+        raise UserError(
+            f"{len(generators)} generators for {len(sizes)} texts; give one generator for all, or one for each"
+        )
     rows = [torch.randn(n, generator=g, device=g.device if g else "cpu") for n, g in zip(sizes, generators)]
     return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
 
@@ -166,13 +183,13 @@ def as_id_lists(policy, texts_or_ids) -> list:
 @torch.no_grad()
 def synthesise(
     policy: Policy,
-    texts_or_ids, # texts (str) or lists of symbol ids
-    schedule, # NoiseSchedule: its steps are the sampling steps
-    generator=None, # torch.Generator, or a list of them, one per text
-    clip: bool = True, # keep the predicted x_0 within the schedule's bounds at each step
-    progress: bool = False, # show a progress bar
-    **options, # of the policy's `condition`, such as pace
-) -> list: # of (N_i,) float tensors in [-1, 1]
+    texts_or_ids,  # texts (str) or lists of symbol ids
+    schedule,  # NoiseSchedule: its steps are the sampling steps
+    generator=None,  # torch.Generator, or a list of them, one per text
+    clip: bool = True,  # keep the predicted x_0 within the schedule's bounds at each step
+    progress: bool = False,  # show a progress bar
+    **options,  # of the policy's `condition`, such as pace
+) -> list:  # of (N_i,) float tensors in [-1, 1]
     "Speak a batch of texts by ancestral sampling (Ho et al. 2020, algorithm 2)."
     ids = as_id_lists(policy, texts_or_ids)
     if not ids:
@@ -191,14 +208,14 @@ def synthesise(
 # %% ../nbs/04b_policy.ipynb #9b942da3
 def denoising_loss(
     policy: Policy,
-    x_0: torch.Tensor, # (B, N) clean states, N = T * width
-    hidden: torch.Tensor, # (B, C, T)
-    level: torch.Tensor, # (B, 1) sqrt(alpha_bar)
-    noise: torch.Tensor, # (B, N)
-    mask: torch.Tensor | None = None, # (B, N), numbers that count; None: all
-    frames: torch.Tensor | None = None, # (B,) frames of each item, where items end inside the window
-    reduction: str = "mean", # "mean" over all numbers that count, or "none": a mean for each item
-) -> torch.Tensor: # 0-d, or (B,)
+    x_0: torch.Tensor,  # (B, N) clean states, N = T * width
+    hidden: torch.Tensor,  # (B, C, T)
+    level: torch.Tensor,  # (B, 1) sqrt(alpha_bar)
+    noise: torch.Tensor,  # (B, N)
+    mask: torch.Tensor | None = None,  # (B, N), numbers that count; None: all
+    frames: torch.Tensor | None = None,  # (B,) frames of each item, where items end inside the window
+    reduction: str = "mean",  # "mean" over all numbers that count, or "none": a mean for each item
+) -> torch.Tensor:  # 0-d, or (B,)
     "Mean distance of the predicted noise from the true one."
     noisy = level * x_0 + (1 - level**2).clamp(min=0).sqrt() * noise
     error = policy.denoising_error(policy.predict_noise(noisy, hidden, level, frames), noise, level)
@@ -208,12 +225,12 @@ def denoising_loss(
 
 
 def duration_loss(
-    seconds: torch.Tensor, # (B, L) predicted
-    durations: torch.Tensor, # (B, L) target, frames
-    mask: torch.Tensor, # (B, L), symbols that count
-    frame_rate: float, # frames per second
-    reduction: str = "mean", # "mean" over all symbols, or "none": a mean for each item
-) -> torch.Tensor: # 0-d, or (B,)
+    seconds: torch.Tensor,  # (B, L) predicted
+    durations: torch.Tensor,  # (B, L) target, frames
+    mask: torch.Tensor,  # (B, L), symbols that count
+    frame_rate: float,  # frames per second
+    reduction: str = "mean",  # "mean" over all symbols, or "none": a mean for each item
+) -> torch.Tensor:  # 0-d, or (B,)
     "Mean squared error of the durations in seconds, over the symbols."
     dims = None if reduction == "mean" else 1
     return ((seconds - durations / frame_rate) ** 2 * mask).sum(dims) / mask.sum(dims)
@@ -224,22 +241,26 @@ def stored_config(entry, path, metadata):
     try:
         return entry.Config(**json.loads(metadata[entry.kind]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"the configuration in {path} cannot be used ({error}); it was written by another version or by hand") from error
+        raise UserError(
+            f"the configuration in {path} cannot be used ({error}); it was written by another version or by hand"
+        ) from error
 
 
 def load_policy(
-    path, # a file of `Policy.save`, or a released checkpoint
+    path,  # a file of `Policy.save`, or a released checkpoint
     device="cpu",
-    kind: str | None = None, # what it must be; None: whatever it says
-) -> Policy: # in evaluation mode, float32; `.metadata` is what the file says about itself
+    kind: str | None = None,  # what it must be; None: whatever it says
+) -> Policy:  # in evaluation mode, float32; `.metadata` is what the file says about itself
     "Read a policy without executing anything in the file. Raises UserError if that cannot be done."
     state, metadata = read_weights(path)
     known = (name for name in POLICIES.names() if POLICIES.get(name).recognises(state))
     stored = metadata.get("kind") or next(known, kind or "wavegrad2")
     if kind not in (None, stored):
-        raise UserError(f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file")
+        raise UserError(
+            f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file"
+        )
     entry = POLICIES.get(stored)
-    with torch.device("meta"): # shapes only: no time spent on initial weights
+    with torch.device("meta"):  # shapes only: no time spent on initial weights
         policy = entry(entry.read_config(path, state, metadata))
     expected = policy.state_dict()
     check_entries(path, stored, state, expected)

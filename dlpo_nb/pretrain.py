@@ -6,9 +6,9 @@
 __all__ = ['NARROW', 'EDGES', 'REFERENCE', 'MAY_CHANGE', 'FREE', 'VALIDATION_STEPS', 'draw_levels', 'architecture', 'new_model',
            'orthogonalise', 'Muon', 'make_optimisers', 'learning_rate_factor', 'released_factor', 'average_decay',
            'update_average', 'PretrainConfig', 'parse', 'check_config', 'draw_start', 'window_batch', 'Steps',
-           'batch_losses', 'sum_gradients', 'lend_stress', 'first_model', 'Pretraining', 'save_base', 'write_state',
-           'save', 'restore', 'check_length', 'load_state', 'train_step', 'validate', 'sample', 'judges', 'score',
-           'report_samples', 'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag',
+           'batch_losses', 'all_reduce_gradients', 'fill_unseen_stress', 'first_model', 'Pretraining', 'save_base',
+           'write_state', 'save', 'restore', 'check_length', 'load_state', 'train_step', 'validate', 'sample', 'judges',
+           'score', 'report_samples', 'mean_losses', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag',
            'ignore_interrupts', 'batches', 'agree', 'work_clock', 'holding', 'fit', 'write_beginning', 'check_folder',
            'claim_folder', 'prepare', 'pretrain', 'main']
 
@@ -34,13 +34,35 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, write_audio
-from .core import (
-    RunDir, UserError, base_path, fingerprint, keyed_generator, lock_folder, plain, record_changes, run_main, save_tensors,
-    set_seed, unlock_folders)
+from dlpo_nb.core import (
+    RunDir,
+    UserError,
+    base_path,
+    fingerprint,
+    keyed_generator,
+    lock_folder,
+    plain,
+    record_changes,
+    run_main,
+    save_tensors,
+    set_seed,
+    unlock_folders,
+)
 from .data import Corpus, load_corpus
 from .diffusion import NoiseSchedule
-from .distributed import (
-    add_up, begun_here, first_does, join, rank, run_process, share, start_processes, under_torchrun, world_size, write_environment)
+from dlpo_nb.distributed import (
+    all_reduce_sum,
+    begun_here,
+    on_first_rank,
+    join,
+    rank,
+    run_process,
+    shard,
+    start_processes,
+    under_torchrun,
+    world_size,
+    write_environment,
+)
 from .text import SYMBOLS, pad_ids
 from .wavegrad2.encoder import length_mask
 from .policy import denoising_loss, duration_loss
@@ -55,7 +77,10 @@ def draw_levels(
     evenly=0.5,  # share of the first half; 1: all, as released
 ):
     "Noise levels (count, 1) of a training step, float32: each is even over the steps or log-even in variance, by a coin."
-    def uniform(): return torch.rand(count, 1, generator=generator, dtype=torch.float64)
+
+    def uniform():
+        return torch.rand(count, 1, generator=generator, dtype=torch.float64)
+
     levels = torch.cat([schedule.levels.new_ones(1), schedule.levels]).double().cpu()
     place = uniform() * schedule.num_steps
     step = place.long().clamp(max=schedule.num_steps - 1)
@@ -72,12 +97,26 @@ def architecture(name):
     "The WaveGrad2Config called `name`: tiny, small, base or large."
     if name == "tiny":
         return WaveGrad2Config(
-            encoder_channels=96, speaker_channels=8, predictor_channels=64, first_up=96, up=(128, 96, 48, 24, 16),
-            first_down=16, down=(16, 24, 48, 96), **NARROW)
+            encoder_channels=96,
+            speaker_channels=8,
+            predictor_channels=64,
+            first_up=96,
+            up=(128, 96, 48, 24, 16),
+            first_down=16,
+            down=(16, 24, 48, 96),
+            **NARROW,
+        )
     if name == "small":
         return WaveGrad2Config(
-            encoder_channels=192, speaker_channels=16, predictor_channels=128, first_up=384, up=(384, 256, 160, 80, 64),
-            first_down=32, down=(64, 80, 160, 256), **NARROW)
+            encoder_channels=192,
+            speaker_channels=16,
+            predictor_channels=128,
+            first_up=384,
+            up=(384, 256, 160, 80, 64),
+            first_down=32,
+            down=(64, 80, 160, 256),
+            **NARROW,
+        )
     return {"base": WaveGrad2Config.base, "large": WaveGrad2Config.large}[name]()
 
 
@@ -134,7 +173,9 @@ EDGES = ("embedding", "fc", "ublock_postconv", "dblock_preconv")  # tables, head
 def make_optimisers(model, name, lr, matrix_lr):
     "The optimisers of `model`, a list: Muon and AdamW, AdamW, or Adam as released; each group's `peak` is its full learning rate."
     named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.ndim >= 2 and not any(e in n for e in EDGES)] if name == "muon" else []
+    matrices = (
+        [p for n, p in named if p.ndim >= 2 and not any(e in n for e in EDGES)] if name == "muon" else []
+    )
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     if name == "adam":
@@ -182,19 +223,27 @@ class PretrainConfig:
     corpus: Path  # folder with manifest.jsonl and audio/, as dlpo_nb.data and dlpo_nb.ljspeech make it
     out: Path  # folder of the run
     also: str = ""  # another such folder to train on as well; none of it is kept from training
-    validation: str = ""  # another such folder to validate on; empty: utterances of --corpus are kept for that
+    validation: str = (
+        ""  # another such folder to validate on; empty: utterances of --corpus are kept for that
+    )
     arch: Literal["tiny", "small", "base", "large"] = "tiny"  # size of the network
     steps: int = 0  # length of the run in steps (give this or minutes)
-    minutes: float = 0.0  # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)
+    minutes: float = (
+        0.0  # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)
+    )
     batch_size: int = 4  # windows a step, of all processes together
     window_frames: int = 44  # length of a window, in frames of 300 samples
-    optimiser: Literal["muon", "adamw", "adam"] = "muon"  # what moves the weight matrices; adam: all weights, as released
+    optimiser: Literal["muon", "adamw", "adam"] = (
+        "muon"  # what moves the weight matrices; adam: all weights, as released
+    )
     lr: float = 1e-3  # peak learning rate of AdamW or Adam
     matrix_lr: float = 0.006  # peak learning rate of Muon
     warmup_steps: int = 300  # steps until the learning rate is at its peak
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # gradient norm above which gradients are scaled down
-    precision: Literal["bfloat16", "float32"] = "bfloat16"  # what layers compute in; weights and losses are float32
+    precision: Literal["bfloat16", "float32"] = (
+        "bfloat16"  # what layers compute in; weights and losses are float32
+    )
     reference: bool = False  # train as the released code does, its faults included; sets its batch, window, optimiser, ... where no flag does
     seed: int = 0  # of the weights, the data order, the noise and the dropout
     held_out: int = 32  # utterances of the held-out loss: the first of --validation, or kept from training (at most a tenth)
@@ -207,19 +256,33 @@ class PretrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     slice_minutes: float = 0.0  # stop after this many minutes by the clock, to go on with --resume (0: never)
     resume: bool = False  # go on from state.pt in the run's folder, where there is one
-    start_from: str = ""  # a base of the same size whose weights to start from: tiny_base (packaged) or a file
+    start_from: str = (
+        ""  # a base of the same size whose weights to start from: tiny_base (packaged) or a file
+    )
     threads: int = 0  # CPU threads of a process; 0: as many as torch chooses
     nproc_per_node: int = 1  # processes on each machine, on GPUs one each
     nnodes: int = 1  # machines; start the same command on each
     rdzv_endpoint: str = ""  # HOST:PORT of one of the machines, where they meet
-    max_restarts: int = 0  # how often a run in several processes goes on from its last state after one of them was lost
+    max_restarts: int = (
+        0  # how often a run in several processes goes on from its last state after one of them was lost
+    )
 
 # %% ../nbs/09_pretrain.ipynb #7036f1d9
-REFERENCE = dict(reference=True, arch="base", batch_size=24, window_frames=256, optimiser="adam", lr=3e-4, precision="float32")
+REFERENCE = dict(
+    reference=True,
+    arch="base",
+    batch_size=24,
+    window_frames=256,
+    optimiser="adam",
+    lr=3e-4,
+    precision="float32",
+)
 # what a resumed run may change, with a note of the step, and what it may change without one, since it decides no number; the corpora are compared by content
 MAY_CHANGE = ("steps", "minutes", "sample_every", "score")
-FREE = ("corpus", "also", "validation", "out", "workers", "device", "slice_minutes", "resume", "save_every", "nisqa_weights", "threads",
-        "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts")
+FREE = (
+    "corpus", "also", "validation", "out", "workers", "device", "slice_minutes", "resume", "save_every",
+    "nisqa_weights", "threads", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts",
+)  # fmt: skip
 
 
 def parse(argv=None):
@@ -228,7 +291,13 @@ def parse(argv=None):
     import tyro
 
     default = PretrainConfig(tyro.MISSING, tyro.MISSING, **(REFERENCE if "--reference" in argv else {}))
-    config = tyro.cli(PretrainConfig, prog="python -m dlpo_nb.pretrain", description="Train a base WaveGrad 2 by likelihood.", default=default, args=argv)
+    config = tyro.cli(
+        PretrainConfig,
+        prog="python -m dlpo_nb.pretrain",
+        description="Train a base WaveGrad 2 by likelihood.",
+        default=default,
+        args=argv,
+    )
     check_config(config)
     return config
 
@@ -237,16 +306,39 @@ def check_config(config):
     "UserError where the settings cannot be meant."
     if (config.steps > 0) == (config.minutes > 0):
         raise UserError("give the length of the training as --steps or as --minutes, one of the two")
-    for name in ("batch_size", "window_frames", "log_every", "save_every", "held_out", "lr", "matrix_lr", "clip", "nproc_per_node", "nnodes"):
+    for name in (
+        "batch_size",
+        "window_frames",
+        "log_every",
+        "save_every",
+        "held_out",
+        "lr",
+        "matrix_lr",
+        "clip",
+        "nproc_per_node",
+        "nnodes",
+    ):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be above 0")
-    for name in ("steps", "minutes", "slice_minutes", "sample_every", "workers", "warmup_steps", "final_lr", "threads", "max_restarts"):
+    for name in (
+        "steps",
+        "minutes",
+        "slice_minutes",
+        "sample_every",
+        "workers",
+        "warmup_steps",
+        "final_lr",
+        "threads",
+        "max_restarts",
+    ):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must not be negative")
     if config.nnodes > 1 and not config.rdzv_endpoint:
         raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, where the machines meet")
     if config.batch_size < config.nproc_per_node * config.nnodes:
-        raise UserError(f"--batch-size {config.batch_size} is less than the {config.nproc_per_node * config.nnodes} processes; each needs a window")
+        raise UserError(
+            f"--batch-size {config.batch_size} is less than the {config.nproc_per_node * config.nnodes} processes; each needs a window"
+        )
 
 # %% ../nbs/09_pretrain.ipynb #0b6af174
 def draw_start(
@@ -281,8 +373,16 @@ def window_batch(
     starts = torch.tensor(starts)
     inside = (durations.sum(1) - starts).clamp(max=frames) if masked else torch.full_like(starts, frames)
     part = torch.stack([count[rows].sum().double() / count.sum() for count in (inside, lengths)])
-    return dict(ids=ids, lengths=lengths, durations=durations, rows=rows, starts=starts[rows], audio=audio,
-                mask=length_mask(inside[rows] * hop, frames * hop).float(), share=part)
+    return dict(
+        ids=ids,
+        lengths=lengths,
+        durations=durations,
+        rows=rows,
+        starts=starts[rows],
+        audio=audio,
+        mask=length_mask(inside[rows] * hop, frames * hop).float(),
+        share=part,
+    )
 
 # %% ../nbs/09_pretrain.ipynb #285a02b4
 class Steps(Dataset):
@@ -290,14 +390,19 @@ class Steps(Dataset):
 
     def __init__(self, config, items, hop):
         self.config, self.items, self.hop = config, items, hop
-        self.schedule, self.rows = NoiseSchedule.linear(), share(range(config.batch_size))
+        self.schedule, self.rows = NoiseSchedule.linear(), shard(range(config.batch_size))
 
     def __getitem__(self, step):
         config = self.config
         draws = [keyed_generator(config.seed, "pretrain", step, row) for row in range(config.batch_size)]
         items = [self.items[int(torch.randint(len(self.items), (1,), generator=draw))] for draw in draws]
-        starts = [draw_start(sum(item.frames), config.window_frames, draw, config.reference) for item, draw in zip(items, draws)]
-        batch = window_batch(items, starts, config.window_frames, self.hop, self.rows, masked=not config.reference)
+        starts = [
+            draw_start(sum(item.frames), config.window_frames, draw, config.reference)
+            for item, draw in zip(items, draws)
+        ]
+        batch = window_batch(
+            items, starts, config.window_frames, self.hop, self.rows, masked=not config.reference
+        )
         mine, evenly = [draws[row] for row in self.rows], 1.0 if config.reference else 0.5
         batch["level"] = torch.cat([draw_levels(1, self.schedule, draw, evenly=evenly) for draw in mine])
         batch["noise"] = torch.stack([torch.randn(len(batch["audio"][0]), generator=draw) for draw in mine])
@@ -309,26 +414,40 @@ def batch_losses(model, batch, precision, reference=False):
     rows, starts, (windows, symbols) = batch["rows"], batch["starts"], batch["share"]
     size = batch["audio"].shape[1] // model.hop
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        said = model.condition(batch["ids"], batch["lengths"], batch["durations"], reference_padding=reference)
+        said = model.condition(
+            batch["ids"], batch["lengths"], batch["durations"], reference_padding=reference
+        )
         hidden = F.pad(said.hidden, (0, size))[rows]
-        place = (starts[:, None] + torch.arange(size, device=starts.device))[:, None].expand(-1, hidden.shape[1], -1)
+        place = (starts[:, None] + torch.arange(size, device=starts.device))[:, None].expand(
+            -1, hidden.shape[1], -1
+        )
         # an item that ends inside the window ends there for the network too
         frames = None if reference else (said.frames[rows] - starts).clamp(max=size)
-        denoising = denoising_loss(model, batch["audio"], hidden.gather(2, place), batch["level"], batch["noise"], batch["mask"], frames)
-    duration = duration_loss(said.seconds[rows], batch["durations"][rows], said.mask[rows], model.config.frame_rate)
+        denoising = denoising_loss(
+            model,
+            batch["audio"],
+            hidden.gather(2, place),
+            batch["level"],
+            batch["noise"],
+            batch["mask"],
+            frames,
+        )
+    duration = duration_loss(
+        said.seconds[rows], batch["durations"][rows], said.mask[rows], model.config.frame_rate
+    )
     return (windows * denoising).to(denoising.dtype), (symbols * duration).to(duration.dtype)
 
 
-def sum_gradients(model):
+def all_reduce_gradients(model):
     "Make the gradients those of the whole batch: the sum over the processes."
     if world_size() > 1:
         found = [p.grad for p in model.parameters() if p.grad is not None]
-        total = add_up(torch.cat([grad.flatten() for grad in found]))
+        total = all_reduce_sum(torch.cat([grad.flatten() for grad in found]))
         for grad, part in zip(found, total.split([grad.numel() for grad in found])):
             grad.copy_(part.view_as(grad))
 
 # %% ../nbs/09_pretrain.ipynb #cb9bbea7
-def lend_stress(
+def fill_unseen_stress(
     table,  # (symbols, channels) embedding, changed in place
     seen,  # set of symbol ids that the corpus has
 ):
@@ -347,7 +466,9 @@ def first_model(config):
     if config.start_from:
         base = load_wavegrad2(base_path(config.start_from))
         if base.config != model.config:
-            raise UserError(f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with")
+            raise UserError(
+                f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with"
+            )
         model.load_state_dict(base.state_dict())
     return model
 
@@ -359,7 +480,9 @@ class Pretraining:
         check_config(config)
         self.config, self.device = config, join(config.device)
         if config.batch_size < world_size():
-            raise UserError(f"--batch-size {config.batch_size} is less than the {world_size()} processes; each needs a window")
+            raise UserError(
+                f"--batch-size {config.batch_size} is less than the {world_size()} processes; each needs a window"
+            )
         items = load_corpus(config.corpus)
         kept = 0 if config.validation else min(config.held_out, max(1, len(items) // 10))
         self.held_out, self.items = items[:kept], items[kept:]
@@ -368,16 +491,22 @@ class Pretraining:
         if config.also:
             self.items = Corpus([*self.items.items, *load_corpus(config.also).items])
         if not self.items:
-            raise UserError(f"the corpus {config.corpus} has {len(items)} utterances; two at least are needed")
-        first_does(lambda: claim_folder(config))
+            raise UserError(
+                f"the corpus {config.corpus} has {len(items)} utterances; two at least are needed"
+            )
+        on_first_rank(lambda: claim_folder(config))
         self.folder = RunDir(config.out, create=False)
-        self.corpus_mark = fingerprint([[(item.text, item.frames) for item in corpus] for corpus in (self.items, self.held_out)])
+        self.corpus_mark = fingerprint(
+            [[(item.text, item.frames) for item in corpus] for corpus in (self.items, self.held_out)]
+        )
         set_seed(config.seed)
         self.model = first_model(config).to(self.device).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimisers = make_optimisers(self.model, config.optimiser, config.lr, config.matrix_lr)
         self.step, self.seconds = 0, 0.0
-        self.sums = torch.zeros(4, device=self.device)  # losses, gradient norm, count since the last row of metrics
+        self.sums = torch.zeros(
+            4, device=self.device
+        )  # losses, gradient norm, count since the last row of metrics
         self.validation = {}
 
     @property
@@ -391,20 +520,36 @@ class Pretraining:
 def save_base(run):
     "Writes base.safetensors: the averaged model, with what it was made of and its last validation as metadata."
     base = copy.deepcopy(run.average)
-    lend_stress(base.encoder.embedding.weight, {i for item in run.items for i in item.ids})
-    config = {k: v for k, v in plain(run.config).items() if k not in ("corpus", "also", "out", "validation", "nisqa_weights")}
+    fill_unseen_stress(base.encoder.embedding.weight, {i for item in run.items for i in item.ids})
+    config = {
+        k: v
+        for k, v in plain(run.config).items()
+        if k not in ("corpus", "also", "out", "validation", "nisqa_weights")
+    }
     metadata = dict(
-        config=config, steps=run.step, minutes=round(run.seconds / 60, 2), corpus_hours=round(run.items.hours, 2),
-        validation=run.validation)
+        config=config,
+        steps=run.step,
+        minutes=round(run.seconds / 60, 2),
+        corpus_hours=round(run.items.hours, 2),
+        validation=run.validation,
+    )
     base.save(run.folder.path / "base.safetensors", metadata)
 
 
 def write_state(run):
     "Writes state.pt, from which `restore` goes on, and base.safetensors."
     state = dict(
-        config=plain(run.config), utterances=len(run.items), corpus=run.corpus_mark, step=run.step, seconds=run.seconds, sums=run.sums,
-        validation=run.validation, model=run.model.state_dict(), average=run.average.state_dict(),
-        optimisers=[optimiser.state_dict() for optimiser in run.optimisers])
+        config=plain(run.config),
+        utterances=len(run.items),
+        corpus=run.corpus_mark,
+        step=run.step,
+        seconds=run.seconds,
+        sums=run.sums,
+        validation=run.validation,
+        model=run.model.state_dict(),
+        average=run.average.state_dict(),
+        optimisers=[optimiser.state_dict() for optimiser in run.optimisers],
+    )
     save_tensors(state, run.folder.path / "state.pt")
     save_base(run)
 
@@ -412,7 +557,7 @@ def write_state(run):
 def save(run):
     "Has the first process write the state, each file whole or not at all, and not after divergence."
     mean_losses(run)
-    first_does(lambda: write_state(run))
+    on_first_rank(lambda: write_state(run))
 
 # %% ../nbs/09_pretrain.ipynb #37bf0231
 def restore(run):
@@ -424,15 +569,23 @@ def restore(run):
         differ = [k for k in now if k not in {*MAY_CHANGE, *FREE} and old.get(k) != now[k]]
         if differ:
             k = differ[0]
-            raise UserError(f"{path} was made with {k} = {old.get(k)}, now it is {now[k]}; give the same or another --out")
+            raise UserError(
+                f"{path} was made with {k} = {old.get(k)}, now it is {now[k]}; give the same or another --out"
+            )
         if state["utterances"] != len(run.items):
-            raise UserError(f"{path} was made on {state['utterances']} utterances, now there are {len(run.items)}; give the same --corpus")
-        if state.get("corpus", run.corpus_mark) != run.corpus_mark: # states of before have no mark
-            raise UserError(f"{path} was made on other utterances; give the same --corpus, --also and --validation, or another --out")
+            raise UserError(
+                f"{path} was made on {state['utterances']} utterances, now there are {len(run.items)}; give the same --corpus"
+            )
+        if state.get("corpus", run.corpus_mark) != run.corpus_mark:  # states of before have no mark
+            raise UserError(
+                f"{path} was made on other utterances; give the same --corpus, --also and --validation, or another --out"
+            )
         check_length(path, state, now)
         load_state(run, state)
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot go on from {path}: {str(error).splitlines()[0]}; remove it to start again") from error
+        raise UserError(
+            f"cannot go on from {path}: {str(error).splitlines()[0]}; remove it to start again"
+        ) from error
 
 
 def check_length(path, state, now):
@@ -440,7 +593,9 @@ def check_length(path, state, now):
     done = dict(steps=state["step"], minutes=state["seconds"] / 60)
     for name, reached in done.items():
         if now[name] != state["config"][name] and 0 < now[name] < reached:
-            raise UserError(f"--{name} is {now[name]:g}, but {path} has done {reached:.4g} already; leave it as it was, or give more")
+            raise UserError(
+                f"--{name} is {now[name]:g}, but {path} has done {reached:.4g} already; leave it as it was, or give more"
+            )
 
 
 def load_state(run, state):
@@ -464,7 +619,7 @@ def train_step(run, batch):
     for optimiser in run.optimisers:
         optimiser.zero_grad()
     (denoising + duration).backward()
-    sum_gradients(run.model)
+    all_reduce_gradients(run.model)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
     for optimiser in run.optimisers:
         for group in optimiser.param_groups:
@@ -473,7 +628,7 @@ def train_step(run, batch):
     run.step += 1
     # as released: 0.999 of the new weights
     update_average(run.average, run.model, 0.001 if config.reference else average_decay(run.step))
-    losses = add_up(torch.stack([denoising.detach(), duration.detach()]))
+    losses = all_reduce_sum(torch.stack([denoising.detach(), duration.detach()]))
     run.sums += torch.cat([losses, torch.stack([norm, torch.ones_like(norm)])])
 
 # %% ../nbs/09_pretrain.ipynb #e1f84e74
@@ -483,20 +638,31 @@ VALIDATION_STEPS = (16, 80, 250, 550, 850)
 @torch.no_grad()
 def validate(run, frames=64, at_once=32):
     "Losses of the averaged model on held-out windows: denoising by step, and `duration`, e.g. {'16': 0.38, ..., 'duration': 0.002}."
-    schedule, rows = NoiseSchedule.linear(), share(range(len(run.held_out)))
-    sums = torch.zeros(2, len(VALIDATION_STEPS) + 1, dtype=torch.float64)  # of losses, and of what was counted
+    schedule, rows = NoiseSchedule.linear(), shard(range(len(run.held_out)))
+    sums = torch.zeros(
+        2, len(VALIDATION_STEPS) + 1, dtype=torch.float64
+    )  # of losses, and of what was counted
     for some in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
         batch = window_batch([run.held_out[row] for row in some], [0] * len(some), frames, run.average.hop)
         counts = torch.full((sums.shape[1],), batch["mask"].sum().item(), dtype=torch.float64)
         counts[-1] = batch["lengths"].sum()
         told, losses = {k: v.to(run.device) for k, v in batch.items()}, []
         for step in VALIDATION_STEPS:
-            noise = torch.stack([torch.randn(batch["audio"].shape[1], generator=keyed_generator("validation", step, row)) for row in some])
+            noise = torch.stack(
+                [
+                    torch.randn(batch["audio"].shape[1], generator=keyed_generator("validation", step, row))
+                    for row in some
+                ]
+            )
             level = schedule.levels[step - 1].float().expand(len(some), 1)
-            denoising, duration = batch_losses(run.average, dict(told, noise=noise.to(run.device), level=level.to(run.device)), run.config.precision)
+            denoising, duration = batch_losses(
+                run.average,
+                dict(told, noise=noise.to(run.device), level=level.to(run.device)),
+                run.config.precision,
+            )
             losses.append(denoising.item())
         sums += torch.stack([counts * torch.tensor([*losses, duration.item()]), counts])
-    total, counts = add_up(sums)
+    total, counts = all_reduce_sum(sums)
     return dict(zip([*map(str, VALIDATION_STEPS), "duration"], (total / counts).tolist()))
 
 # %% ../nbs/09_pretrain.ipynb #62e36371
@@ -528,8 +694,11 @@ def score(run, audio):
     "Mean ratings of the utterances of `sample`, e.g. {'dnsmos': 2.6}, which is its p808."
     lengths = torch.tensor([len(a) for a in audio])
     padded = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
-    texts = [item.text for item in run.held_out[:len(audio)]]
-    return {name: judge(padded, lengths, SAMPLE_RATE, texts).mean().item() for name, judge in judges(run.config).items()}
+    texts = [item.text for item in run.held_out[: len(audio)]]
+    return {
+        name: judge(padded, lengths, SAMPLE_RATE, texts).mean().item()
+        for name, judge in judges(run.config).items()
+    }
 
 
 def report_samples(run, board):
@@ -546,7 +715,9 @@ def mean_losses(run):
     "[denoising loss, duration loss, gradient norm] since the last row; UserError where training has diverged."
     means = (run.sums[:3] / run.sums[3].clamp(min=1)).tolist()
     if not all(map(math.isfinite, means)):
-        raise UserError(f"the loss is not finite at step {run.step}; go on from state.pt with a lower --lr and --matrix-lr")
+        raise UserError(
+            f"the loss is not finite at step {run.step}; go on from state.pt with a lower --lr and --matrix-lr"
+        )
     return means
 
 
@@ -574,9 +745,16 @@ def report(run, board):
     run.validation = validate(run)
     levels = [run.validation[str(step)] for step in VALIDATION_STEPS]
     row = dict(
-        step=run.step, minutes=run.seconds / 60, loss=loss, duration_loss=duration, grad_norm=norm, lr=run.optimisers[-1].param_groups[0]["lr"],
-        held_out_loss=sum(levels) / len(levels) + run.validation["duration"], validation=run.validation)
-    first_does(lambda: write_row(run, board, row))
+        step=run.step,
+        minutes=run.seconds / 60,
+        loss=loss,
+        duration_loss=duration,
+        grad_norm=norm,
+        lr=run.optimisers[-1].param_groups[0]["lr"],
+        held_out_loss=sum(levels) / len(levels) + run.validation["duration"],
+        validation=run.validation,
+    )
+    on_first_rank(lambda: write_row(run, board, row))
 
 # %% ../nbs/09_pretrain.ipynb #80493c12
 def open_board(run):
@@ -619,13 +797,21 @@ def batches(run):
     data = Steps(run.config, run.items, run.model.hop)
     # its own generator: the loader would otherwise draw from the global one
     loader = DataLoader(
-        data, batch_size=None, sampler=itertools.count(run.step), num_workers=run.config.workers,
-        generator=torch.Generator(), worker_init_fn=ignore_interrupts, pin_memory=run.device.type == "cuda")
+        data,
+        batch_size=None,
+        sampler=itertools.count(run.step),
+        num_workers=run.config.workers,
+        generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts,
+        pin_memory=run.device.type == "cuda",
+    )
     try:
         yield from loader
     except UserError as error:
         # from a reading process it comes with that one's traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("dlpo_nb.core.UserError: ")) from error
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix("dlpo_nb.core.UserError: ")
+        ) from error
 
 # %% ../nbs/09_pretrain.ipynb #2fd6d241
 def agree(
@@ -634,7 +820,7 @@ def agree(
     asked,  # this process was asked to stop
 ):
     "Sets the run's seconds to those of the first process; returns whether any process was asked to stop."
-    told = add_up(torch.tensor([seconds if rank() == 0 else 0.0, asked], dtype=torch.float64))
+    told = all_reduce_sum(torch.tensor([seconds if rank() == 0 else 0.0, asked], dtype=torch.float64))
     run.seconds = told[0].item()
     return told[1].item() > 0
 
@@ -647,7 +833,7 @@ def work_clock(device) -> float:
 @contextmanager
 def holding(run):
     "The run's folder is this run's inside; processes before and after may have it."
-    first_does(lambda: lock_folder(run.folder.path))
+    on_first_rank(lambda: lock_folder(run.folder.path))
     try:
         yield
     finally:
@@ -660,10 +846,22 @@ def fit(
     progress=True,  # show a bar
 ):
     "Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved); writes state.pt at the end."
-    config, board, began, spent, stop = run.config, open_board(run), work_clock(run.device), run.seconds, False
+    config, board, began, spent, stop = (
+        run.config,
+        open_board(run),
+        work_clock(run.device),
+        run.seconds,
+        False,
+    )
     started = time.monotonic()
     last_step = min(last_step or math.inf, config.steps or math.inf)
-    bar = tqdm(total=config.steps or None, initial=run.step, unit="step", mininterval=1, disable=not progress or rank() > 0)
+    bar = tqdm(
+        total=config.steps or None,
+        initial=run.step,
+        unit="step",
+        mininterval=1,
+        disable=not progress or rank() > 0,
+    )
     stream = batches(run)
     with holding(run), stop_flag() as flag:
         while run.progress < 1 and run.step < last_step and not stop:
@@ -689,7 +887,9 @@ def write_beginning(run):
     "What the folder of a run has before its first step, or before it goes on; what it was begun with stays on record."
     run.folder.trim_metrics(run.step + 1, "step")
     record = plain(run.config)
-    new = run.step == 0 or not all((run.folder.path / name).exists() for name in ("environment.json", "config.json"))
+    new = run.step == 0 or not all(
+        (run.folder.path / name).exists() for name in ("environment.json", "config.json")
+    )
     write_environment(run.folder, new, step=run.step)
     if not new:
         free = {name: record[name] for name in FREE if name != "resume"}
@@ -702,8 +902,12 @@ def check_folder(config):
     if not any((config.out / name).exists() for name in ("state.pt", "config.json")):
         return
     if not (config.resume or begun_here(config.out)):
-        raise UserError(f"{config.out} already holds a run; add --resume to go on with it, or give another --out")
-    if (config.out / "config.json").exists() and "window_frames" not in RunDir(config.out).read_json("config.json"):
+        raise UserError(
+            f"{config.out} already holds a run; add --resume to go on with it, or give another --out"
+        )
+    if (config.out / "config.json").exists() and "window_frames" not in RunDir(config.out).read_json(
+        "config.json"
+    ):
         raise UserError(f"the run in {config.out} is not a training of a base; give another --out")
 
 
@@ -721,8 +925,10 @@ def prepare(config):
     run = Pretraining(config)
     if (run.folder.path / "state.pt").exists():
         restore(run)
-    first_does(lambda: score(run, [torch.from_numpy(run.held_out[0].audio / np.float32(32767))]))  # a judge that cannot hear is better missed now
-    first_does(lambda: write_beginning(run))
+    on_first_rank(
+        lambda: score(run, [torch.from_numpy(run.held_out[0].audio / np.float32(32767))])
+    )  # a judge that cannot hear is better missed now
+    on_first_rank(lambda: write_beginning(run))
     return run
 
 # %% ../nbs/09_pretrain.ipynb #08f3e9af
@@ -741,11 +947,11 @@ def pretrain(config, progress=True):
 def main():
     config = parse()
     if not under_torchrun():
-        check_folder(config) # before a corpus is read or a process started
+        check_folder(config)  # before a corpus is read or a process started
         if config.resume and config.out.is_dir():
             lock_folder(config.out)
         if config.nproc_per_node * config.nnodes > 1:
-            unlock_folders() # it is for the first of the processes
+            unlock_folders()  # it is for the first of the processes
             return start_processes("dlpo_nb.pretrain", config, sys.argv[1:])
     run_process(lambda: pretrain(config))
 

@@ -11,15 +11,32 @@ __all__ = ['MONTHS', 'SHORT_MONTHS', 'WEEKDAYS', 'MONTH', 'YEAR', 'ERAS', 'HALF'
 # %% ../nbs/01b_quantities.ipynb #5beecb9a
 import re
 
-from .tokens import (AMOUNT, NUMBER, SIGNS, after, before, closing_stop, amount, cardinal, decimal, fraction, longest_token, number,
-                            ordinal, plural, token, year)
+from dlpo_nb.tokens import (
+    AMOUNT,
+    NUMBER,
+    SIGNS,
+    after,
+    before,
+    closing_stop,
+    amount,
+    cardinal,
+    decimal,
+    fraction,
+    longest_token,
+    number,
+    ordinal,
+    plural,
+    token,
+    year,
+)
 
 # %% ../nbs/01b_quantities.ipynb #0235b232
 MONTHS = "January February March April May June July August September October November December".split()
 SHORT_MONTHS = {m[:3]: m for m in MONTHS if m != "May"} | {"Sept": "September"}
-WEEKDAYS = {"Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday",
-            "Thur": "Thursday",
-            "Thurs": "Thursday", "Fri": "Friday", "Sat": "Saturday", "Sun": "Sunday"}
+WEEKDAYS = {
+    "Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday", "Thu": "Thursday",
+    "Thur": "Thursday", "Thurs": "Thursday", "Fri": "Friday", "Sat": "Saturday", "Sun": "Sunday",
+}  # fmt: skip
 MONTH = rf"(?:{'|'.join(MONTHS)}|(?:{'|'.join(SHORT_MONTHS)})\.?)"
 YEAR = r"(?:,? (\d{4})(?![\d,]|\.\d))?"
 
@@ -29,14 +46,22 @@ def _month(name):
     return SHORT_MONTHS.get(name, name).lower()
 
 
-@token("date", r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})", r"(\d{1,2})([-/.])(\d{1,2})\2(\d{4})",
-       r"(\d{1,2})(/)(\d{1,2})/(\d\d)")
+@token(
+    "date",
+    r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})",
+    r"(\d{1,2})([-/.])(\d{1,2})\2(\d{4})",
+    r"(\d{1,2})(/)(\d{1,2})/(\d\d)",
+)
 def _date_in_digits(match):
     "2024-10-01, 10/1/2024 (American), 1.10.2024 (European)."
     first, second, third = match.group(1, 3, 4)
-    y, m, d = (first, second, third) if len(first) == 4 else (third, second,
-                                                              first) if match[2] == "." else (third, first,
-                                                                                              second)
+    y, m, d = (
+        (first, second, third)
+        if len(first) == 4
+        else (third, second, first)
+        if match[2] == "."
+        else (third, first, second)
+    )
     if int(m) > 12 >= int(d):
         m, d = d, m
     if not (1 <= int(m) <= 12 and 1 <= int(d) <= 31):
@@ -54,28 +79,41 @@ def _month_day(match):
     return f"{_month(match[1])} {cardinal(str(int(match[2])))}{years}"
 
 
-@token("date", rf"(\d{{1,2}})(st|nd|rd|th)?[ -](?i:({MONTH}))-(\d{{4}})",
-       rf"(\d{{1,2}})(st|nd|rd|th)?[ -](?i:({MONTH})){YEAR}")
+@token(
+    "date",
+    rf"(\d{{1,2}})(st|nd|rd|th)?[ -](?i:({MONTH}))-(\d{{4}})",
+    rf"(\d{{1,2}})(st|nd|rd|th)?[ -](?i:({MONTH})){YEAR}",
+)
 def _day_month(match):
     "25 July 2012 as the twenty-fifth of july twenty twelve; 25th July as twenty-fifth july."
     day, ending, month, years = match.groups()
-    if not 1 <= int(day) <= 31 or month in ("may", "march", "mar", "dec", "jan", "sep", "oct",
-                                            "nov") and not (ending or years):
+    if (
+        not 1 <= int(day) <= 31
+        or month in ("may", "march", "mar", "dec", "jan", "sep", "oct", "nov")
+        and not (ending or years)
+    ):
         return None
     article, of = ("", "") if ending else ("" if before(match, r"(?i:\bthe )") else "the ", "of ")
     years = f"{',' * (',' in match[0])} {number(years)}" if years else closing_stop(match)
     return f"{article}{ordinal(str(int(day)))} {of}{_month(month)}{years}"
 
 # %% ../nbs/01b_quantities.ipynb #c9cb0c0b
-@token("date", rf"({'|'.join(SHORT_MONTHS)})\.", rf"(?<=-)({'|'.join(SHORT_MONTHS)})",
-       rf"({'|'.join(SHORT_MONTHS)})(?=\s?-\s?(?:{MONTH})|\s\d)",
-       rf"({'|'.join(WEEKDAYS)})\.?")
+@token(
+    "date",
+    rf"({'|'.join(SHORT_MONTHS)})\.",
+    rf"(?<=-)({'|'.join(SHORT_MONTHS)})",
+    rf"({'|'.join(SHORT_MONTHS)})(?=\s?-\s?(?:{MONTH})|\s\d)",
+    rf"({'|'.join(WEEKDAYS)})\.?",
+)
 def _calendar(match):
     "Mon., Tues, Sept.; Sat and Sun are words, unless a full stop or a range says otherwise."
     name = match[1]
-    if name in ("Sat",
-                "Sun") and not (before(match, r"(?:on|and|or|to|&) |-\s?") or after(match, r"\s?-\s?[A-Z]")
-                                      or match[0].endswith(".") and after(match, r",|\s[a-z0-9&]")):
+    if name in ("Sat", "Sun") and not (
+        before(match, r"(?:on|and|or|to|&) |-\s?")
+        or after(match, r"\s?-\s?[A-Z]")
+        or match[0].endswith(".")
+        and after(match, r",|\s[a-z0-9&]")
+    ):
         return None
     return (WEEKDAYS | SHORT_MONTHS)[name].lower() + closing_stop(match)
 
@@ -116,9 +154,12 @@ def _half(letter):
     return f" {letter.upper()} M" if letter else ""
 
 
-@token("time", rf"([01]?\d|2[0-4])[:.]([0-5]\d){HALF}{ZONE}",
-       rf"([01]?\d|2[0-4]):([0-5]\d)(?![:\d]|\.\d)()(?:\s(?:hrs?|hours)(?![a-z]))?{ZONE}",
-       rf"(1[0-2]|0?\d)(){HALF}{ZONE}")
+@token(
+    "time",
+    rf"([01]?\d|2[0-4])[:.]([0-5]\d){HALF}{ZONE}",
+    rf"([01]?\d|2[0-4]):([0-5]\d)(?![:\d]|\.\d)()(?:\s(?:hrs?|hours)(?![a-z]))?{ZONE}",
+    rf"(1[0-2]|0?\d)(){HALF}{ZONE}",
+)
 def _time(match):
     "7:05pm, 19:30, 7.30 pm, 8am, 10:00 GMT."
     hour, minute, half, zone = match.groups()
@@ -153,9 +194,11 @@ def _ratio(match):
     return " to "
 
 # %% ../nbs/01b_quantities.ipynb #cff27056
-BOOKS = ("Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Samuel|Kings|Job|Psalms?|"
-         "Proverbs|Isaiah|Jeremiah|Ezekiel|Daniel|Matthew|Mark|Luke|John|Acts|Romans|"
-         "Corinthians|Galatians|Ephesians|Philippians|Hebrews|James|Peter|Revelation")
+BOOKS = (
+    "Genesis|Exodus|Leviticus|Numbers|Deuteronomy|Joshua|Judges|Samuel|Kings|Job|Psalms?|"
+    "Proverbs|Isaiah|Jeremiah|Ezekiel|Daniel|Matthew|Mark|Luke|John|Acts|Romans|"
+    "Corinthians|Galatians|Ephesians|Philippians|Hebrews|James|Peter|Revelation"
+)
 
 
 @token("verse", rf"({BOOKS}) (\d+):(\d+)(?:-(\d+))?")
@@ -164,24 +207,28 @@ def _verse(match):
     return f"{book.lower()} {cardinal(chapter)} {cardinal(first)}" + (f" to {cardinal(last)}" if last else "")
 
 # %% ../nbs/01b_quantities.ipynb #e8fc8efd
-CURRENCIES = {"$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""),
-              "₹": ("rupee", "paisa"), "₩": ("won", ""),
-              "₽": ("ruble", "kopek"), "₺": ("lira", "kurus"), "₪": ("shekel", "agora"), "₫": ("dong", ""),
-              "₴": ("hryvnia", ""), "₦": ("naira", ""),
-              "₱": ("peso", ""), "฿": ("baht", ""), "₿": ("bitcoin", "")}
-CODES = {"USD": "US dollar", "EUR": "euro", "GBP": "pound", "JPY": "yen", "CHF": "Swiss franc",
-         "CAD": "Canadian dollar", "AUD": "Australian dollar",
-         "INR": "rupee", "CNY": "yuan", "RMB": "renminbi", "KRW": "won", "SEK": "krona", "NOK": "krone",
-         "NZD": "New Zealand dollar", "Rs": "rupee"}
-SCALES = {"k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "mln": "million",
-          "mil": "million", "MM": "million",
-          "b": "billion", "B": "billion", "bn": "billion", "t": "trillion", "T": "trillion", "tn": "trillion",
-          "trn": "trillion"}
+CURRENCIES = {
+    "$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""),
+    "₹": ("rupee", "paisa"), "₩": ("won", ""), "₽": ("ruble", "kopek"), "₺": ("lira", "kurus"),
+    "₪": ("shekel", "agora"), "₫": ("dong", ""), "₴": ("hryvnia", ""), "₦": ("naira", ""), "₱": ("peso", ""),
+    "฿": ("baht", ""), "₿": ("bitcoin", ""),
+}  # fmt: skip
+CODES = {
+    "USD": "US dollar", "EUR": "euro", "GBP": "pound", "JPY": "yen", "CHF": "Swiss franc",
+    "CAD": "Canadian dollar", "AUD": "Australian dollar", "INR": "rupee", "CNY": "yuan", "RMB": "renminbi",
+    "KRW": "won", "SEK": "krona", "NOK": "krone", "NZD": "New Zealand dollar", "Rs": "rupee",
+}  # fmt: skip
+SCALES = {
+    "k": "thousand", "K": "thousand", "m": "million", "M": "million", "mn": "million", "mln": "million",
+    "mil": "million", "MM": "million", "b": "billion", "B": "billion", "bn": "billion", "t": "trillion",
+    "T": "trillion", "tn": "trillion", "trn": "trillion",
+}  # fmt: skip
 SCALE_WORD = r"(?:[\s-]?(hundred|thousand|million|billion|trillion)(?![a-z]))?"
 SCALE = SCALE_WORD[:-2] + rf"|\s?({'|'.join(sorted(SCALES, key=len, reverse=True))})(?![A-Za-z]))?"
-COUNTRIES = {"US": "U S", "A": "australian", "AU": "australian", "C": "canadian", "CA": "canadian",
-             "NZ": "new zealand", "HK": "hong kong",
-             "S": "singapore", "R": ""}
+COUNTRIES = {
+    "US": "U S", "A": "australian", "AU": "australian", "C": "canadian", "CA": "canadian",
+    "NZ": "new zealand", "HK": "hong kong", "S": "singapore", "R": "",
+}  # fmt: skip
 CURRENCY_SIGN = "[" + "".join(CURRENCIES) + "]"
 # a comma before two digits is Europe's point
 PRICE = rf"(?:\d{{1,3}}(?:\.\d{{3}})+,\d\d(?!\d)|{NUMBER}(?:,\d\d(?!\d))?)"
@@ -207,9 +254,11 @@ def _price(value, scale, unit, small, country=""):
     return " ".join(read + ([f"{cardinal(cents)} {plural(cents, small)}"] if cents != "0" else []))
 
 
-@token("money",
-       rf"(-)?({'|'.join(sorted(COUNTRIES, key=len, reverse=True))})?({CURRENCY_SIGN})\s?(-)?({PRICE}){SCALE}",
-       rf"(-)?()({CURRENCY_SIGN})\s?(-)?({PRICE})-(hundred|thousand|million|billion|trillion)()")
+@token(
+    "money",
+    rf"(-)?({'|'.join(sorted(COUNTRIES, key=len, reverse=True))})?({CURRENCY_SIGN})\s?(-)?({PRICE}){SCALE}",
+    rf"(-)?()({CURRENCY_SIGN})\s?(-)?({PRICE})-(hundred|thousand|million|billion|trillion)()",
+)
 def _money(match):
     "$3.50, US$40, £2.5bn, -$5, $40k; an adjective is singular."
     minus, country, sign, minus_too, value, scale, short = match.groups()
@@ -235,8 +284,13 @@ def _code(match):
     scales = {*SCALES, *SCALES.values(), "hundred"}
     code, scale = (next((g for g in match.groups() if g in names), None) for names in (CODES, scales))
     country, unit = re.fullmatch(r"(.*?) ?(\w+)", CODES[code]).groups()
-    return _price(match["value"], SCALES.get(scale, scale), unit, "" if unit in ("yen", "won") else "cent",
-                  "U S" if country == "US" else country.lower())
+    return _price(
+        match["value"],
+        SCALES.get(scale, scale),
+        unit,
+        "" if unit in ("yen", "won") else "cent",
+        "U S" if country == "US" else country.lower(),
+    )
 
 
 @token("money", r"(\d+)\s?(¢|c|p)", r"(\d+) (cents?)(?=/)")
@@ -254,40 +308,53 @@ def _shillings(match):
     return " ".join(f"{cardinal(v)} {plural(v, unit)}" for v, unit in values if v) + closing_stop(match)
 
 # %% ../nbs/01b_quantities.ipynb #337d161e
-SI = {"": "", "n": "nano", "µ": "micro", "m": "milli", "c": "centi", "k": "kilo", "h": "hecto", "M": "mega",
-      "G": "giga", "T": "tera"}
-BASES = {"m": ("meter", ["", *"nµmck"]), "g": ("gram", ["", *"nµmk"]), "L": ("liter", ["", *"µmc"]),
-         "l": ("liter", ["", *"µmc"]),
-         "Hz": ("hertz", ["", *"kMGT"]), "W": ("watt", ["", *"mkMG"]), "Wh": ("watt hour", ["", *"kMGT"]),
-         "V": ("volt", ["", *"µmk"]),
-         "A": ("amp", ["", *"µm"]), "Ω": ("ohm", ["", *"mkM"]), "J": ("joule", ["", *"kM"]),
-         "cal": ("calorie", ["k"]), "s": ("second", ["", *"nµm"]),
-         "Pa": ("pascal", ["", *"hkM"]), "B": ("byte", [*"kMGT"]), "bit": ("bit", [*"kMG"]),
-         "bps": ("bit per second", [*"kMG"]),
-         "eV": ("electronvolt", ["", *"kMG"]), "mol": ("mole", ["", "m"]), "dB": ("decibel", [""]),
-         "N": ("newton", ["m", "k"])}
-UNITS = {prefix + symbol: SI[prefix] + name for symbol,
-         (name, prefixes) in BASES.items() for prefix in prefixes}
+SI = {
+    "": "", "n": "nano", "µ": "micro", "m": "milli", "c": "centi", "k": "kilo", "h": "hecto", "M": "mega",
+    "G": "giga", "T": "tera",
+}  # fmt: skip
+BASES = {
+    "m": ("meter", ["", *"nµmck"]), "g": ("gram", ["", *"nµmk"]), "L": ("liter", ["", *"µmc"]),
+    "l": ("liter", ["", *"µmc"]), "Hz": ("hertz", ["", *"kMGT"]), "W": ("watt", ["", *"mkMG"]),
+    "Wh": ("watt hour", ["", *"kMGT"]), "V": ("volt", ["", *"µmk"]), "A": ("amp", ["", *"µm"]),
+    "Ω": ("ohm", ["", *"mkM"]), "J": ("joule", ["", *"kM"]), "cal": ("calorie", ["k"]),
+    "s": ("second", ["", *"nµm"]), "Pa": ("pascal", ["", *"hkM"]), "B": ("byte", [*"kMGT"]),
+    "bit": ("bit", [*"kMG"]), "bps": ("bit per second", [*"kMG"]), "eV": ("electronvolt", ["", *"kMG"]),
+    "mol": ("mole", ["", "m"]), "dB": ("decibel", [""]), "N": ("newton", ["m", "k"]),
+}  # fmt: skip
+UNITS = {
+    prefix + symbol: SI[prefix] + name for symbol, (name, prefixes) in BASES.items() for prefix in prefixes
+}
 UNITS |= {
     "KB": "kilobyte", "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte", "tb": "terabyte",
     "mbps": "megabit per second", "KM": "kilometer", "KG": "kilogram", "kmh": "kilometer per hour",
-    "kph": "kilometer per hour",
-    "in": "inch", "ft": "foot", "yd": "yard", "yds": "yard", "mi": "mile", "lb": "pound", "lbs": "pound",
-    "oz": "ounce", "fl oz": "fluid ounce", "gal": "gallon",
-    "qt": "quart", "tsp": "teaspoon", "tbsp": "tablespoon", "cc": "cubic centimeter", "ha": "hectare",
-    "hp": "horsepower", "Nm": "newton meter",
-    "h": "hour", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute", "sec": "second",
-    "secs": "second", "yr": "year", "yrs": "year", "wk": "week",
-    "mph": "mile per hour", "mpg": "mile per gallon", "rpm": "revolution per minute",
-    "bpm": "beat per minute", "fps": "frame per second",
-    "psi": "pound per square inch", "ppm": "part per million", "dpi": "dot per inch", "px": "pixel",
-    "K": "kelvin", "%": "percent", "°": "degree",
+    "kph": "kilometer per hour", "in": "inch", "ft": "foot", "yd": "yard", "yds": "yard", "mi": "mile",
+    "lb": "pound", "lbs": "pound", "oz": "ounce", "fl oz": "fluid ounce", "gal": "gallon", "qt": "quart",
+    "tsp": "teaspoon", "tbsp": "tablespoon", "cc": "cubic centimeter", "ha": "hectare", "hp": "horsepower",
+    "Nm": "newton meter", "h": "hour", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute",
+    "sec": "second", "secs": "second", "yr": "year", "yrs": "year", "wk": "week", "mph": "mile per hour",
+    "mpg": "mile per gallon", "rpm": "revolution per minute", "bpm": "beat per minute",
+    "fps": "frame per second", "psi": "pound per square inch", "ppm": "part per million",
+    "dpi": "dot per inch", "px": "pixel", "K": "kelvin", "%": "percent", "°": "degree",
     "°C": "degree celsius", "°F": "degree fahrenheit", "deg C": "degree celsius",
-    "deg F": "degree fahrenheit", "deg": "degree", "lm": "lumen"}
-PER = {"d": "day", "day": "day", "week": "week", "month": "month", "mo": "month", "year": "year",
-       "hour": "hour", "night": "night", "person": "person",
-       "mile": "mile", "second": "second", "minute": "minute", "unit": "unit", "share": "share",
-       "head": "head"} | UNITS
+    "deg F": "degree fahrenheit", "deg": "degree", "lm": "lumen",
+}  # fmt: skip
+PER = {
+    "d": "day",
+    "day": "day",
+    "week": "week",
+    "month": "month",
+    "mo": "month",
+    "year": "year",
+    "hour": "hour",
+    "night": "night",
+    "person": "person",
+    "mile": "mile",
+    "second": "second",
+    "minute": "minute",
+    "unit": "unit",
+    "share": "share",
+    "head": "head",
+} | UNITS
 COMPASS = {"N": "north", "S": "south", "E": "east", "W": "west"}
 POWERS = {"2": "square ", "3": "cubic "}
 longest_first = lambda symbols: "|".join(sorted(map(re.escape, symbols), key=len, reverse=True))
@@ -336,23 +403,33 @@ def _measure(match):
     return words + (per(behind) if behind else "") + closing_stop(match)
 
 # %% ../nbs/01b_quantities.ipynb #b72bbd27
-@token("measure", r"(\d+)'\s?(\d{1,2})(?:\"|'')()()", r"(\d+)'()()(?=\s(?:tall|long|wide|high|deep)\b)",
-       rf"()()({AMOUNT})\"(?=[\s,.;)]|$)()",
-       rf"()()({AMOUNT})('')(?=[\s,.;)]|$)")
+@token(
+    "measure",
+    r"(\d+)'\s?(\d{1,2})(?:\"|'')()()",
+    r"(\d+)'()()(?=\s(?:tall|long|wide|high|deep)\b)",
+    rf"()()({AMOUNT})\"(?=[\s,.;)]|$)()",
+    rf"()()({AMOUNT})('')(?=[\s,.;)]|$)",
+)
 def _feet_and_inches(match):
     "5'11\"; a quotation mark that an earlier one opened is none."
     if match[3] and not match[4] and match.string[: match.start()].count('"') % 2:
         return None
-    read = [f"{amount(v)} {plural('1' if _adjective(match) or '/' in v else v, unit)}"
-            for v, unit in zip(match.groups(), ("foot", "inch", "inch")) if v]
+    read = [
+        f"{amount(v)} {plural('1' if _adjective(match) or '/' in v else v, unit)}"
+        for v, unit in zip(match.groups(), ("foot", "inch", "inch"))
+        if v
+    ]
     return " ".join(read)
 
 
 @token("duration", r"(\d+)h ?(\d+)m(?:in)?(?: ?(\d+)s)?", r"()(\d+)m(?:in)? ?(\d+)s")
 def _compound_duration(match):
     "1h30m, 2m30s."
-    return " ".join(f"{cardinal(v)} {plural(v, unit)}" for v,
-                    unit in zip(match.groups(), ("hour", "minute", "second")) if v)
+    return " ".join(
+        f"{cardinal(v)} {plural(v, unit)}"
+        for v, unit in zip(match.groups(), ("hour", "minute", "second"))
+        if v
+    )
 
 
 @token("angle", r"(\d+(?:\.\d+)?)°\s?(?:(\d+)'\s?)?(?:(\d+(?:\.\d+)?)(?:\"|''))?\s?([NSEW])?")
@@ -360,8 +437,11 @@ def _angle(match):
     "40°26'46\" N."
     if not match[2] and not match[4]:
         return None
-    read = [f"{number(v)} {plural(v, unit)}" for v,
-            unit in zip(match.groups(), ("degree", "minute", "second")) if v]
+    read = [
+        f"{number(v)} {plural(v, unit)}"
+        for v, unit in zip(match.groups(), ("degree", "minute", "second"))
+        if v
+    ]
     return " ".join(read + [COMPASS[match[4]]] * bool(match[4]))
 
 # %% ../nbs/01b_quantities.ipynb #32903162
@@ -387,8 +467,12 @@ def _ordinal(match):
     return ordinal(match[1])
 
 
-@token("fraction", r"(\d+) (\d+)/(\d+)(?![./]\d)", r"()(\d+)/(\d+)(?:th|rd|nd|TH|RD)?(?![./]\d)",
-       r"()(\d+\.\d+)/(\d+(?:\.0)?)")
+@token(
+    "fraction",
+    r"(\d+) (\d+)/(\d+)(?![./]\d)",
+    r"()(\d+)/(\d+)(?:th|rd|nd|TH|RD)?(?![./]\d)",
+    r"()(\d+\.\d+)/(\d+(?:\.0)?)",
+)
 def _fraction(match):
     "3/4 as three quarters, 24/7 as twenty-four seven, 4.5/5 as four point five out of five; else slash."
     whole, top, bottom = match.groups()
@@ -396,8 +480,9 @@ def _fraction(match):
         return amount(match[0]) if int(bottom) > 1 else None
     if (top, bottom) in (("24", "7"), ("9", "11"), ("50", "50"), ("20", "20")):
         return f"{cardinal(top)} {cardinal(bottom)}"
-    rating = top == bottom or bottom in ("10", "100") and after(match,
-                                                                r"\s*(?:stars|points|on|for)\b|[.!?]?\s*$")
+    rating = (
+        top == bottom or bottom in ("10", "100") and after(match, r"\s*(?:stars|points|on|for)\b|[.!?]?\s*$")
+    )
     if "." in top or rating:
         return f"{decimal(top)} out of {decimal(bottom)}"
     if 1 < int(bottom) <= 100 and int(top) <= (3 * int(bottom) + 1 if int(bottom) < 10 else int(bottom)):
@@ -426,8 +511,14 @@ def _raised(match):
     return _power(match[1])
 
 
-@token("product", r"(?<=\d)×(?=\d)", r"(?<=\d )x(?= \d)", r"(?<=\d)\*(?=\d)", r"(?<=\d )\*(?= \d)",
-       rf"({NUMBER})([x×])(?!\s?\d)")
+@token(
+    "product",
+    r"(?<=\d)×(?=\d)",
+    r"(?<=\d )x(?= \d)",
+    r"(?<=\d)\*(?=\d)",
+    r"(?<=\d )\*(?= \d)",
+    rf"({NUMBER})([x×])(?!\s?\d)",
+)
 def _product(match):
     "4x4 as four by four, 2 * 3 as two times three, 3x as three times."
     return f"{number(match[1])} times" if match.lastindex else " times " if "*" in match[0] else " by "
@@ -444,9 +535,9 @@ def _scaled(match):
 @token("number", NUMBER)
 def _number(match):
     "Years, decimals, calibres; a place in a list with a full stop; zero before a decimal point."
-    if before(match,
-              r"\b(?i:in|by|since|year|until|of|from|circa|before|after) ") and re.fullmatch(r"10[1-9]\d",
-                                                                                             match[0]):
+    if before(match, r"\b(?i:in|by|since|year|until|of|from|circa|before|after) ") and re.fullmatch(
+        r"10[1-9]\d", match[0]
+    ):
         return year(match[0])
     if re.fullmatch(r"\.\d\d", match[0]) and after(match, "[ -](?:caliber|calibre|rifle|pistol|revolver)"):
         return cardinal(match[0][1:])
@@ -470,9 +561,10 @@ def _decimal_comma(match):
     return decimal(f"{match[1]}.{match[2]}")
 
 # %% ../nbs/01b_quantities.ipynb #dade95fd
-COMPARISONS = {">=": "greater than or equal to", "=>": "implies", "<=": "less than or equal to",
-               "!=": "not equal to", "==": "equals", "->": "to",
-               "<-": "from", "&&": "and", "||": "or", "+/-": "plus or minus", "...": None}
+COMPARISONS = {
+    ">=": "greater than or equal to", "=>": "implies", "<=": "less than or equal to", "!=": "not equal to",
+    "==": "equals", "->": "to", "<-": "from", "&&": "and", "||": "or", "+/-": "plus or minus", "...": None,
+}  # fmt: skip
 
 
 @token("sign", *(re.escape(sign) for sign, words in COMPARISONS.items() if words))
@@ -493,12 +585,16 @@ def with_range(text, token_, at):
     kind, words, end = token_
     hyphen = re.compile(r"\s?-\s?(?=[\w.$£€¥~])").match(text, end)
     behind = hyphen and kind in RANGES and longest_token(text, hyphen.end())
-    if not behind or behind[0] not in RANGES or re.compile(r"-\w").match(text,
-                                                                         behind[2]) and behind[0] == "number":
+    if (
+        not behind
+        or behind[0] not in RANGES
+        or re.compile(r"-\w").match(text, behind[2])
+        and behind[0] == "number"
+    ):
         return token_
-    first, last = text[at:end], text[hyphen.end(): behind[2]]
+    first, last = text[at:end], text[hyphen.end() : behind[2]]
     if kind == "money" and behind[0] == "number" and first[0] in CURRENCIES:  # $10-15: the unit is said once
-        _, shared, stop = longest_token(first[0] + text[hyphen.end():], 0)
+        _, shared, stop = longest_token(first[0] + text[hyphen.end() :], 0)
         return kind, f"{number(first[1:].strip())} to {shared}", hyphen.end() + stop - 1
     both = first.isdigit() and last.isdigit()
     if (first, last) == ("24", "7"):

@@ -8,7 +8,7 @@ __all__ = ['reference_conditioning', 'reference_log_prob', 'log_ratios', 'step_k
 # %% ../nbs/39f_reference.ipynb #b76082da
 import torch
 
-from .distributed import gather, gather_rows
+from .distributed import all_gather, gather_rows
 from .mdp import predict_noise, replay, select_text, spread
 from .objectives.base import kl_divergence
 from .policy import state_mask
@@ -17,31 +17,35 @@ from .rollouts import current_conditioning, rows_of
 # %% ../nbs/39f_reference.ipynb #481a8fcf
 def reference_conditioning(tuner, t):
     "What the reference makes of a trajectory's texts, with the same durations."
-    if tuner.config.trainable == "decoder": # the encoder is the reference's still
+    if tuner.config.trainable == "decoder":  # the encoder is the reference's still
         return t.conditioning
     return tuner.reference.condition(t.ids, t.lengths, durations=t.conditioning.durations)
 
 
 @torch.no_grad()
-def reference_log_prob(tuner, t, s) -> torch.Tensor: # (B*G,)
+def reference_log_prob(tuner, t, s) -> torch.Tensor:  # (B*G,)
     "Log-probability of the stored actions of one step under the reference."
     return replay(tuner.reference, tuner.schedule, t, s, reference_conditioning(tuner, t))[0]
 
 
-def log_ratios(tuner, trajectories) -> torch.Tensor: # (batch,)
+def log_ratios(tuner, trajectories) -> torch.Tensor:  # (batch,)
     "k of all processes: log p_old - log p_reference of the stored actions, summed over trained steps and all numbers of the state."
     ratios = []
     for t in trajectories:
         size = t.x_0_lengths if t.reduction == "mean" else 1
-        ratios.append(size * sum(t.log_prob[s] - reference_log_prob(tuner, t, s) for s in range(len(t.steps))))
+        ratios.append(
+            size * sum(t.log_prob[s] - reference_log_prob(tuner, t, s) for s in range(len(t.steps)))
+        )
     return gather_rows(rows_of(trajectories), torch.cat(ratios))
 
 
-def step_kl(tuner, t, s, eps, form="exact", reduction=None) -> torch.Tensor: # (B*G,)
+def step_kl(tuner, t, s, eps, form="exact", reduction=None) -> torch.Tensor:  # (B*G,)
     "Distance of policy and reference at the states of one stored step, given the policy's eps (rows of x_t, N) there."
     x = t.x_t[s]
     with torch.no_grad():
-        eps_ref = predict_noise(tuner.reference, tuner.schedule, x, reference_conditioning(tuner, t), t.steps[s])
+        eps_ref = predict_noise(
+            tuner.reference, tuner.schedule, x, reference_conditioning(tuner, t), t.steps[s]
+        )
     mask = spread(state_mask(t.conditioning.frames, tuner.model.width), len(x))
     kl = kl_divergence(tuner.schedule, eps, eps_ref, x, t.steps[s], mask, reduction or t.reduction, form)
     return spread(kl, len(t.x_0))
@@ -55,4 +59,4 @@ def kl_to_reference(tuner, trajectories) -> float:
         for s in range(len(t.steps)):
             _, eps = replay(tuner.model, tuner.schedule, t, s, current_conditioning(tuner, t))
             steps.append(float(step_kl(tuner, t, s, eps, reduction="mean").mean()))
-    return sum(map(sum, gather(steps)))
+    return sum(map(sum, all_gather(steps)))

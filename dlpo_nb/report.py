@@ -28,12 +28,13 @@ from .evaluate import CAUTION, LABELS, bootstrap_interval, direction, ordered, r
 @dataclass
 class Run:
     "What a run left behind; summary is None and rows is {} where it did not get that far."
+
     path: Path
-    config: dict # config.json
-    environment: dict # environment.json
-    metrics: list # a dict for each recorded episode
-    summary: dict | None # summary.json
-    rows: dict # evaluation.csv: rows of base and of tuned
+    config: dict  # config.json
+    environment: dict  # environment.json
+    metrics: list  # a dict for each recorded episode
+    summary: dict | None  # summary.json
+    rows: dict  # evaluation.csv: rows of base and of tuned
 
     @property
     def is_control(self):
@@ -58,30 +59,66 @@ def read_run(path):
     folder = RunDir(path, create=False)
     if not (folder.path / "config.json").is_file():
         raise UserError(f"{path} holds no run: it has no config.json; give the folder that --out named")
-    def optional(name): return folder.read_json(name) if (folder.path / name).is_file() else None
+
+    def optional(name):
+        return folder.read_json(name) if (folder.path / name).is_file() else None
+
     config = folder.read_json("config.json")
     absent = [key for key in ("method", "reward", "control", "seed", "episodes") if key not in config]
     if absent:
-        raise UserError(f"{folder.path / 'config.json'} does not say {', '.join(absent)}; is this the folder of a fine-tuning run?")
+        raise UserError(
+            f"{folder.path / 'config.json'} does not say {', '.join(absent)}; is this the folder of a fine-tuning run?"
+        )
     rows = folder.metrics() if (folder.path / "metrics.jsonl").is_file() else []
-    metrics = list({row["episode"]: row for row in rows}.values())  # of an episode done again after --resume, the last counts
+    metrics = list(
+        {row["episode"]: row for row in rows}.values()
+    )  # of an episode done again after --resume, the last counts
     rows = read_rows(folder.path / "evaluation.csv") if (folder.path / "evaluation.csv").is_file() else {}
-    return Run(folder.path, config, optional("environment.json") or {}, metrics, optional("summary.json"), rows)
+    return Run(
+        folder.path, config, optional("environment.json") or {}, metrics, optional("summary.json"), rows
+    )
 
 # %% ../nbs/52_report.ipynb #977eb7aa
-PALETTES = dict(light=["#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#555555"],
-                dark=["#56B4E9", "#F0803C", "#3FC79A", "#E29CC9", "#E6C229", "#BBBBBB"])
+PALETTES = dict(
+    light=["#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#555555"],
+    dark=["#56B4E9", "#F0803C", "#3FC79A", "#E29CC9", "#E6C229", "#BBBBBB"],
+)
 INK = dict(light="#33383d", dark="#c9d1d9")
 
 
 def style(theme):
     "Matplotlib settings of a theme, light or dark, on a transparent ground."
     import seaborn
+
     ink = INK[theme]
-    colours = {key: ink for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")}
-    return seaborn.axes_style("ticks") | colours | {
-        "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": ink, "grid.alpha": 0.15, "font.size": 10, "legend.frameon": False}
+    colours = {
+        key: ink
+        for key in (
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "xtick.color",
+            "ytick.color",
+            "axes.titlecolor",
+        )
+    }
+    return (
+        seaborn.axes_style("ticks")
+        | colours
+        | {
+            "axes.facecolor": "none",
+            "figure.facecolor": "none",
+            "savefig.facecolor": "none",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": ink,
+            "grid.alpha": 0.15,
+            "font.size": 10,
+            "legend.frameon": False,
+        }
+    )
 
 
 def series(run, key):
@@ -94,7 +131,7 @@ def series(run, key):
 def running_mean(x, window=5):
     "Mean of up to `window` neighbours of each value, fewer at the ends: (n,) -> (n,)."
     half = window // 2
-    return np.array([x[max(0, i - half):i + half + 1].mean() for i in range(len(x))])
+    return np.array([x[max(0, i - half) : i + half + 1].mean() for i in range(len(x))])
 
 # %% ../nbs/52_report.ipynb #aad2480f
 def draw_metric(ax, runs, key, theme):
@@ -102,24 +139,44 @@ def draw_metric(ax, runs, key, theme):
     kinds = sorted({run.kind for run in runs}, key=lambda kind: ("control" in kind, kind))
     for number, kind in enumerate(kinds):
         own = [s for s in (series(run, key) for run in runs if run.kind == kind) if len(s[0])]
-        dash, many, colour = "--" if "control" in kind else "-", len(own) > 1, PALETTES[theme][number % len(PALETTES[theme])]
+        dash, many, colour = (
+            "--" if "control" in kind else "-",
+            len(own) > 1,
+            PALETTES[theme][number % len(PALETTES[theme])],
+        )
         for episodes, values in own:
             single = len(values) == 1
-            ax.plot(episodes, values, dash, marker="o" if single else None, color=colour, lw=0.9 if many else 1.6,
-                    alpha=0.45 if many else 1, label=None if many else kind)
+            ax.plot(
+                episodes,
+                values,
+                dash,
+                marker="o" if single else None,
+                color=colour,
+                lw=0.9 if many else 1.6,
+                alpha=0.45 if many else 1,
+                label=None if many else kind,
+            )
         if many:
             length = min(len(values) for _, values in own)
             mean = np.mean([values[:length] for _, values in own], axis=0)
-            ax.plot(own[0][0][:length], mean, dash, color=colour, lw=2.2, label=f"{kind}, mean of {len(own)} seeds")
+            ax.plot(
+                own[0][0][:length],
+                mean,
+                dash,
+                color=colour,
+                lw=2.2,
+                label=f"{kind}, mean of {len(own)} seeds",
+            )
 
 
 def reward_curve(
-    runs, # run folders, or `Run`s
-    theme="light", # or dark
-    width=8, # inches
-): # -> matplotlib Figure
+    runs,  # run folders, or `Run`s
+    theme="light",  # or dark
+    width=8,  # inches
+):  # -> matplotlib Figure
     "The training reward over the episodes: batch mean with its spread for one run, each run and the mean of each kind for several."
     import matplotlib.pyplot as plt
+
     runs = [run if isinstance(run, Run) else read_run(run) for run in runs]
     with plt.rc_context(style(theme)):
         fig, ax = plt.subplots(figsize=(width, 2.8), layout="constrained")
@@ -128,7 +185,15 @@ def reward_curve(
             (episodes, mean), spread = series(runs[0], "reward/mean"), series(runs[0], "reward/std")[1]
             ax.plot(episodes, mean, ".-", color=colour, lw=0.8, alpha=0.6, ms=4, label="mean of the batch")
             if len(spread) == len(mean):
-                ax.fill_between(episodes, mean - spread, mean + spread, color=colour, alpha=0.15, lw=0, label="± its standard deviation")
+                ax.fill_between(
+                    episodes,
+                    mean - spread,
+                    mean + spread,
+                    color=colour,
+                    alpha=0.15,
+                    lw=0,
+                    label="± its standard deviation",
+                )
             ax.plot(episodes, running_mean(mean), color=colour, lw=2.2, label="mean of 5 episodes")
         else:
             draw_metric(ax, runs, "reward/mean", theme)
@@ -139,14 +204,18 @@ def reward_curve(
     return fig
 
 # %% ../nbs/52_report.ipynb #ae99beb0
-PANELS = {"diffusion_loss": "diffusion loss", "kl": "KL to the base model", "ratio/mean": "probability ratio, mean",
-          "ratio/clipfrac": "clipped ratios, share", "grad_norm": "gradient norm", "grad_norm/policy": "gradient norm, policy part",
-          "grad_norm/penalty": "gradient norm, penalty part", "grad_cosine": "cosine of the two gradients", "seconds": "seconds an episode"}
+PANELS = {
+    "diffusion_loss": "diffusion loss", "kl": "KL to the base model", "ratio/mean": "probability ratio, mean",
+    "ratio/clipfrac": "clipped ratios, share", "grad_norm": "gradient norm",
+    "grad_norm/policy": "gradient norm, policy part", "grad_norm/penalty": "gradient norm, penalty part",
+    "grad_cosine": "cosine of the two gradients", "seconds": "seconds an episode",
+}  # fmt: skip
 
 
 def panel(runs, key, theme="light"):
     "A small figure of one metric of the runs; None where none of them has it."
     import matplotlib.pyplot as plt
+
     if not any(np.isfinite(series(run, key)[1]).any() for run in runs):
         return None
     with plt.rc_context(style(theme)):
@@ -170,7 +239,9 @@ def picture(draw, alt, size=""):
     if light is None:
         return ""
     dark = f'<source srcset="{_png(draw("dark"))}" media="(prefers-color-scheme: dark)">'
-    return f'<picture class="figure {size}">{dark}<img src="{_png(light)}" alt="{html.escape(alt)}"></picture>'
+    return (
+        f'<picture class="figure {size}">{dark}<img src="{_png(light)}" alt="{html.escape(alt)}"></picture>'
+    )
 
 # %% ../nbs/52_report.ipynb #2651877a
 def text_changes(run):
@@ -180,8 +251,10 @@ def text_changes(run):
 
 
 def control_difference(
-    runs, # `Run`s or folders of one method and reward, with and without control
-) -> dict | None: # n, runs, controls, metrics {name: run, control, difference, low, high}; None without both kinds
+    runs,  # `Run`s or folders of one method and reward, with and without control
+) -> (
+    dict | None
+):  # n, runs, controls, metrics {name: run, control, difference, low, high}; None without both kinds
     "What runs changed beyond their shuffled controls, on the texts all of them were evaluated on."
     runs = [run if isinstance(run, Run) else read_run(run) for run in runs]
     runs = [run for run in runs if run.rows]
@@ -191,14 +264,28 @@ def control_difference(
     every = changes[False] + changes[True]
     texts = [text for text in every[0] if all(text in change for change in every)]
     if not texts:
-        raise UserError("these runs were evaluated on different texts; compare runs with the same --heldout-texts")
+        raise UserError(
+            "these runs were evaluated on different texts; compare runs with the same --heldout-texts"
+        )
     metrics = {}
     for name in dict.fromkeys(name for text in texts for name in every[0][text]):
-        judged = [text for text in texts if all(name in change[text] for change in every)] # left out everywhere what one of them has not
+        judged = [
+            text for text in texts if all(name in change[text] for change in every)
+        ]  # left out everywhere what one of them has not
         if judged:
-            run, control = (np.mean([[change[text][name] for text in judged] for change in changes[side]], axis=0) for side in (False, True))
+            run, control = (
+                np.mean([[change[text][name] for text in judged] for change in changes[side]], axis=0)
+                for side in (False, True)
+            )
             difference, low, high = bootstrap_interval(run - control)
-            metrics[name] = dict(n=len(judged), run=float(run.mean()), control=float(control.mean()), difference=difference, low=low, high=high)
+            metrics[name] = dict(
+                n=len(judged),
+                run=float(run.mean()),
+                control=float(control.mean()),
+                difference=difference,
+                low=low,
+                high=high,
+            )
     return dict(n=len(texts), runs=len(changes[False]), controls=len(changes[True]), metrics=metrics)
 
 # %% ../nbs/52_report.ipynb #d942187d
@@ -247,9 +334,11 @@ def interval_svg(low, mid, high, width=150, reach=0):
     reach = 1.15 * (reach or max(abs(low), abs(high))) or 1
     a, x, b = (width * (0.5 + 0.5 * v / reach) for v in (low, mid, high))
     colour = "var(--soft)" if low <= 0 <= high else "var(--accent)"
-    return (f'<svg width="{width}" height="16" role="img" aria-label="{low:+.3f} to {high:+.3f}"><line x1="{width / 2}" x2="{width / 2}" y1="0" y2="16" '
-            f'stroke="var(--soft)" stroke-width="1" opacity=".6"/><line x1="{a:.1f}" x2="{b:.1f}" y1="8" y2="8" stroke="{colour}" stroke-width="3" '
-            f'stroke-linecap="round"/><circle cx="{x:.1f}" cy="8" r="4.5" fill="{colour}"/></svg>')
+    return (
+        f'<svg width="{width}" height="16" role="img" aria-label="{low:+.3f} to {high:+.3f}"><line x1="{width / 2}" x2="{width / 2}" y1="0" y2="16" '
+        f'stroke="var(--soft)" stroke-width="1" opacity=".6"/><line x1="{a:.1f}" x2="{b:.1f}" y1="8" y2="8" stroke="{colour}" stroke-width="3" '
+        f'stroke-linecap="round"/><circle cx="{x:.1f}" cy="8" r="4.5" fill="{colour}"/></svg>'
+    )
 
 
 def card(body, kind=""):
@@ -272,26 +361,58 @@ def tagged(name, reward):
 
 def change_cells(metric, reach=0):
     "Two cells of a table's row: the difference above its interval, and the picture of both."
-    return [f"{metric['difference']:+.3f}<small>{metric['low']:+.3f} to {metric['high']:+.3f}</small>",
-            interval_svg(metric["low"], metric["difference"], metric["high"], reach=reach)]
+    return [
+        f"{metric['difference']:+.3f}<small>{metric['low']:+.3f} to {metric['high']:+.3f}</small>",
+        interval_svg(metric["low"], metric["difference"], metric["high"], reach=reach),
+    ]
 
 # %% ../nbs/52_report.ipynb #a6171a68
 def control_command(run):
     "The command lines that run the shuffled control of a run and lay the two side by side."
-    config, away = run.config, ("preset", "objective", "inputs", "changes", "control", "out", "resume", "dry_run")
-    every = [part for key, value in config.items() if key not in away for part in ("--" + key.replace("_", "-"), str(value))]
-    flags = config.get("flags", every) # runs of before did not write down what was said beyond the preset
+    config, away = (
+        run.config,
+        ("preset", "objective", "inputs", "changes", "control", "out", "resume", "dry_run"),
+    )
+    every = [
+        part
+        for key, value in config.items()
+        if key not in away
+        for part in ("--" + key.replace("_", "-"), str(value))
+    ]
+    flags = config.get("flags", every)  # runs of before did not write down what was said beyond the preset
     name = Path(f"{run.path}-control")
-    return (shlex.join(["python", "-m", "dlpo_nb.launch", config.get("preset", "tiny"), *flags, "--control", "shuffle-advantages", "--out", str(name)])
-            + "\n" + shlex.join(["python", "-m", "dlpo_nb.report", str(run.path), str(name)]))
+    return (
+        shlex.join(
+            [
+                "python",
+                "-m",
+                "dlpo_nb.launch",
+                config.get("preset", "tiny"),
+                *flags,
+                "--control",
+                "shuffle-advantages",
+                "--out",
+                str(name),
+            ]
+        )
+        + "\n"
+        + shlex.join(["python", "-m", "dlpo_nb.report", str(run.path), str(name)])
+    )
 
 
 def headline(run):
     "What came out, in one number and one sentence; for an unfinished run, how far it got."
     if run.evaluation is None:
         done = f"{len(run.metrics)} of {run.config['episodes']} episodes are recorded"
-        why = "it ended without an evaluation" if run.summary else "it is still running, or it was stopped; --resume goes on with it"
-        return card(f"<div class='big'>no result</div><div>This run has no evaluation: {done}; {why}.</div>", "headline")
+        why = (
+            "it ended without an evaluation"
+            if run.summary
+            else "it is still running, or it was stopped; --resume goes on with it"
+        )
+        return card(
+            f"<div class='big'>no result</div><div>This run has no evaluation: {done}; {why}.</div>",
+            "headline",
+        )
     metric = run.evaluation["metrics"].get(run.config["reward"])
     number = f"<div class='big'>{metric['difference']:+.3f}</div>" if metric else ""
     svg = interval_svg(metric["low"], metric["difference"], metric["high"], 240) if metric else ""
@@ -301,12 +422,18 @@ def headline(run):
 def caution(run):
     "What may not be concluded from one run, and the command that would tell."
     if run.is_control:
-        return card("<b>This is a negative control.</b> Its advantages were shuffled over the batch: the model was updated as often and as far, but with "
-                    "rewards of the wrong utterances. Whatever changed here is drift of the weights, not learning.", "caution")
+        return card(
+            "<b>This is a negative control.</b> Its advantages were shuffled over the batch: the model was updated as often and as far, but with "
+            "rewards of the wrong utterances. Whatever changed here is drift of the weights, not learning.",
+            "caution",
+        )
     if run.evaluation is None:
         return ""
-    return card(f"<b>On its own this proves nothing.</b> {html.escape(CAUTION)} Run the control, then lay the two side by side:"
-                f"{' Settings were changed on the way (changes, below); the control needs the same.' if run.config.get('changes') else ''}<pre>{html.escape(control_command(run))}</pre>", "caution")
+    return card(
+        f"<b>On its own this proves nothing.</b> {html.escape(CAUTION)} Run the control, then lay the two side by side:"
+        f"{' Settings were changed on the way (changes, below); the control needs the same.' if run.config.get('changes') else ''}<pre>{html.escape(control_command(run))}</pre>",
+        "caution",
+    )
 
 # %% ../nbs/52_report.ipynb #94974433
 def evaluation_table(run):
@@ -314,22 +441,42 @@ def evaluation_table(run):
     if run.evaluation is None:
         return ""
     reward, metrics = run.config["reward"], run.evaluation["metrics"]
-    rows = [[tagged(name, reward), metrics[name].get("n", run.evaluation["n"]), f"{metrics[name]['base']:.3f}", f"{metrics[name]['tuned']:.3f}",
-             *change_cells(metrics[name]), direction(metrics[name])] for name in ordered(metrics, reward)]
-    absent = [html.escape(f"{one['judge']} could not judge text {one['index'] + 1}, “{one['text']}”, of the {one['system']} model: {one['reason']}")
-              for one in run.evaluation.get("left_out", [])]
+    rows = [
+        [
+            tagged(name, reward),
+            metrics[name].get("n", run.evaluation["n"]),
+            f"{metrics[name]['base']:.3f}",
+            f"{metrics[name]['tuned']:.3f}",
+            *change_cells(metrics[name]),
+            direction(metrics[name]),
+        ]
+        for name in ordered(metrics, reward)
+    ]
+    absent = [
+        html.escape(
+            f"{one['judge']} could not judge text {one['index'] + 1}, “{one['text']}”, of the {one['system']} model: {one['reason']}"
+        )
+        for one in run.evaluation.get("left_out", [])
+    ]
     absent = f'<p class="soft">Left out on both sides (column n): {"; ".join(absent)}.</p>' if absent else ""
     extra = [f"Duration of tuned over base: {run.evaluation['duration_ratio']:.3f}"]
     if "log_mel_distance" in run.evaluation:
-        extra.insert(0, f"Log-mel distance from base to tuned: {run.evaluation['log_mel_distance']['mean']:.3f} (0.05 is 1 dB)")
+        extra.insert(
+            0,
+            f"Log-mel distance from base to tuned: {run.evaluation['log_mel_distance']['mean']:.3f} (0.05 is 1 dB)",
+        )
     drift = run.summary.get("drift", {})
     if "kl" in drift:
         extra.append(f"KL to the base: {drift['kl']:.4f} a sample")
     if "diffusion_loss/base" in drift:
-        extra.append(f"Denoising loss on recordings: {drift['diffusion_loss/base']:.4f} before, {drift['diffusion_loss/tuned']:.4f} after")
-    return (f"<h2>On {run.evaluation['n']} held-out texts</h2>" + card(
+        extra.append(
+            f"Denoising loss on recordings: {drift['diffusion_loss/base']:.4f} before, {drift['diffusion_loss/tuned']:.4f} after"
+        )
+    return f"<h2>On {run.evaluation['n']} held-out texts</h2>" + card(
         table(["", "n", "base", "tuned", "tuned − base", "", ""], rows)
-        + f'<p class="soft">Both models spoke each text from the same noise. Intervals: paired bootstrap over texts. {". ".join(extra)}.</p>' + absent))
+        + f'<p class="soft">Both models spoke each text from the same noise. Intervals: paired bootstrap over texts. {". ".join(extra)}.</p>'
+        + absent
+    )
 
 
 def curves(runs):
@@ -338,24 +485,43 @@ def curves(runs):
         return ""
     small = [picture(lambda theme, key=key: panel(runs, key, theme), title) for key, title in PANELS.items()]
     alt = "training reward over the episodes"
-    large = "".join(picture(lambda theme, width=width: reward_curve(runs, theme, width), alt, size) for size, width in (("wide", 8), ("narrow", 4.2)))
-    return ("<h2>Training</h2>" + card(large + '<p class="soft">Each episode speaks other texts, so its mean moves with them. This is the quantity being climbed; the result is the '
-            "evaluation on held-out texts.</p>")
-            + '<div class="panels">' + "".join(card(figure) for figure in small if figure) + "</div>")
+    large = "".join(
+        picture(lambda theme, width=width: reward_curve(runs, theme, width), alt, size)
+        for size, width in (("wide", 8), ("narrow", 4.2))
+    )
+    return (
+        "<h2>Training</h2>"
+        + card(
+            large
+            + '<p class="soft">Each episode speaks other texts, so its mean moves with them. This is the quantity being climbed; the result is the '
+            "evaluation on held-out texts.</p>"
+        )
+        + '<div class="panels">'
+        + "".join(card(figure) for figure in small if figure)
+        + "</div>"
+    )
 
 
 def settings(run):
     "Configuration and environment, folded away."
+
     def fold(name, values):
         rows = [[html.escape(str(key)), html.escape(str(value))] for key, value in values.items()]
         return f"<details><summary>{name}</summary>{table(['', ''], rows)}</details>" if rows else ""
-    return fold(f"Settings of {html.escape(run.title)}", run.config) + fold(f"Environment of {html.escape(run.title)}", run.environment)
+
+    return fold(f"Settings of {html.escape(run.title)}", run.config) + fold(
+        f"Environment of {html.escape(run.title)}", run.environment
+    )
 
 # %% ../nbs/52_report.ipynb #faeaaa6a
 def samples(run):
     "Recordings of a run: {text: {system: path}} for the texts that both base and tuned model spoke."
     folder, found = run.path / "samples", {}
-    texts = split_lines((folder / "texts.txt").read_text(encoding="utf-8")) if (folder / "texts.txt").is_file() else []
+    texts = (
+        split_lines((folder / "texts.txt").read_text(encoding="utf-8"))
+        if (folder / "texts.txt").is_file()
+        else []
+    )
     for index, text in enumerate(texts):
         pair = {system: folder / f"{system}_{index:03d}.wav" for system in ("base", "tuned")}
         if all(path.is_file() for path in pair.values()):
@@ -378,22 +544,29 @@ def listening(runs, most=8, budget=2_200_000):
     cards, left = [], budget
     for text in texts[:most]:
         players = player(runs[0], text, "base", "base")
-        players += "".join(player(run, text, "tuned", "tuned" if len(runs) == 1 else run.title.replace(" (shuffled)", "")) for run in runs)
+        players += "".join(
+            player(run, text, "tuned", "tuned" if len(runs) == 1 else run.title.replace(" (shuffled)", ""))
+            for run in runs
+        )
         left -= len(players)
         if cards and left < 0:
             break
         cards.append(card(f'<h3>“{html.escape(text)}”</h3><div class="players">{players}</div>'))
-    note = (f'<p class="soft">The first {len(cards)} held-out texts, not a selection; the same noise within a text. '
-            "A spectrogram's black is 80 dB below its loudest band.</p>")
+    note = (
+        f'<p class="soft">The first {len(cards)} held-out texts, not a selection; the same noise within a text. '
+        "A spectrogram's black is 80 dB below its loudest band.</p>"
+    )
     return f"<h2>Before and after</h2>{note}{''.join(cards)}" if cards else ""
 
 # %% ../nbs/52_report.ipynb #7dd94132
 def write_page(path, title, about, body):
     "Write one self-contained HTML file; title and about are plain text, body is HTML."
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html.escape(title)}</h1>"
-            f'<p class="soft">{html.escape(about)}</p>\n{body}\n<footer class="soft">Written by dlpo_nb.report from the files of the run '
-            "directory; nothing on this page is loaded from a network.</footer></main></body></html>\n")
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{html.escape(title)}</h1>"
+        f'<p class="soft">{html.escape(about)}</p>\n{body}\n<footer class="soft">Written by dlpo_nb.report from the files of the run '
+        "directory; nothing on this page is loaded from a network.</footer></main></body></html>\n"
+    )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
@@ -402,11 +575,22 @@ def write_page(path, title, about, body):
 def write_report(run_dir, out=None):
     "Write the page of one run, by default `run_dir`/report.html; returns its path. UserError where the folder holds no run."
     run = read_run(run_dir)
-    facts = ["A fine-tuning run of a text-to-speech diffusion model", f"{len(run.metrics)} of {run.config['episodes']} episodes"]
+    facts = [
+        "A fine-tuning run of a text-to-speech diffusion model",
+        f"{len(run.metrics)} of {run.config['episodes']} episodes",
+    ]
     if run.summary:
         facts.append(f"{run.summary['minutes']:.1f} minutes of training")
     facts.append(f"reward {run.config['reward']}")
-    body = headline(run) + caution(run) + evaluation_table(run) + curves([run]) + listening([run]) + "<h2>Details</h2>" + settings(run)
+    body = (
+        headline(run)
+        + caution(run)
+        + evaluation_table(run)
+        + curves([run])
+        + listening([run])
+        + "<h2>Details</h2>"
+        + settings(run)
+    )
     return write_page(out or run.path / "report.html", run.title, " · ".join(facts), body)
 
 # %% ../nbs/52_report.ipynb #4bedbbb4
@@ -417,14 +601,30 @@ def comparison_headline(runs):
         return card("<b>No control, no conclusion.</b> " + html.escape(CAUTION), "caution")
     metric = beyond["metrics"][reward]
     word = {"rose": "more than", "fell": "less than"}.get(direction(metric), "not clearly more than")
-    sentence = (f"With the true rewards, held-out {reward} changed by {metric['run']:+.3f}; with shuffled ones by {metric['control']:+.3f}: {word} its "
-                f"control (difference {metric['difference']:+.3f}, 95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric['n']} texts, "
-                f"runs: {beyond['runs']}, controls: {beyond['controls']}). The interval covers the choice of texts, not of training seeds.")
-    rows = [[tagged(name, reward), f"{beyond['metrics'][name]['run']:+.3f}", f"{beyond['metrics'][name]['control']:+.3f}", beyond["metrics"][name]["n"],
-             *change_cells(beyond["metrics"][name])] for name in ordered(beyond["metrics"], reward)]
+    sentence = (
+        f"With the true rewards, held-out {reward} changed by {metric['run']:+.3f}; with shuffled ones by {metric['control']:+.3f}: {word} its "
+        f"control (difference {metric['difference']:+.3f}, 95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric['n']} texts, "
+        f"runs: {beyond['runs']}, controls: {beyond['controls']}). The interval covers the choice of texts, not of training seeds."
+    )
+    rows = [
+        [
+            tagged(name, reward),
+            f"{beyond['metrics'][name]['run']:+.3f}",
+            f"{beyond['metrics'][name]['control']:+.3f}",
+            beyond["metrics"][name]["n"],
+            *change_cells(beyond["metrics"][name]),
+        ]
+        for name in ordered(beyond["metrics"], reward)
+    ]
     svg = interval_svg(metric["low"], metric["difference"], metric["high"], 240)
-    return (card(f"<div class='big'>{metric['difference']:+.3f}</div><div>{svg}{html.escape(sentence)}</div>", "headline")
-            + "<h2>Beyond the control</h2>" + card(table(["change over the base", "true", "shuffled", "texts", "true − shuffled", ""], rows)))
+    return (
+        card(
+            f"<div class='big'>{metric['difference']:+.3f}</div><div>{svg}{html.escape(sentence)}</div>",
+            "headline",
+        )
+        + "<h2>Beyond the control</h2>"
+        + card(table(["change over the base", "true", "shuffled", "texts", "true − shuffled", ""], rows))
+    )
 
 
 def runs_table(runs):
@@ -432,10 +632,20 @@ def runs_table(runs):
     reward, blocks = runs[0].config["reward"], []
     found = [{} if run.evaluation is None else run.evaluation["metrics"] for run in runs]
     for name in ordered({name: None for metrics in found for name in metrics if name not in LABELS}, reward):
-        reach = max(abs(metrics[name][end]) for metrics in found if name in metrics for end in ("low", "high"))
-        rows = [[html.escape(run.title), *(change_cells(metrics[name], reach) if name in metrics else ["no result", ""])]
-                for run, metrics in zip(runs, found)]
-        blocks.append(f"<h2>{tagged(name, reward)} run by run</h2>" + card(table(["tuned − base on held-out texts", "difference", ""], rows)))
+        reach = max(
+            abs(metrics[name][end]) for metrics in found if name in metrics for end in ("low", "high")
+        )
+        rows = [
+            [
+                html.escape(run.title),
+                *(change_cells(metrics[name], reach) if name in metrics else ["no result", ""]),
+            ]
+            for run, metrics in zip(runs, found)
+        ]
+        blocks.append(
+            f"<h2>{tagged(name, reward)} run by run</h2>"
+            + card(table(["tuned − base on held-out texts", "difference", ""], rows))
+        )
     return "".join(blocks)
 
 
@@ -444,25 +654,43 @@ def write_comparison(run_dirs, out=None):
     runs = [read_run(path) for path in run_dirs]
     rewards = sorted({run.config["reward"] for run in runs})
     if len(rewards) > 1:
-        raise UserError(f"these runs have different rewards ({', '.join(rewards)}); compare runs of one reward")
+        raise UserError(
+            f"these runs have different rewards ({', '.join(rewards)}); compare runs of one reward"
+        )
     kinds = ", ".join(dict.fromkeys(run.kind for run in runs))
-    body = comparison_headline(runs) + runs_table(runs) + curves(runs) + listening(runs, most=4) + "<h2>Details</h2>" + "".join(map(settings, runs))
-    return write_page(out or runs[0].path.parent / "comparison.html", f"{len(runs)} runs side by side", f"Fine-tuning runs of a text-to-speech diffusion model · {kinds} · reward {rewards[0]}", body)
+    body = (
+        comparison_headline(runs)
+        + runs_table(runs)
+        + curves(runs)
+        + listening(runs, most=4)
+        + "<h2>Details</h2>"
+        + "".join(map(settings, runs))
+    )
+    return write_page(
+        out or runs[0].path.parent / "comparison.html",
+        f"{len(runs)} runs side by side",
+        f"Fine-tuning runs of a text-to-speech diffusion model · {kinds} · reward {rewards[0]}",
+        body,
+    )
 
 # %% ../nbs/52_report.ipynb #003e5152
 @dataclass
 class ReportConfig:
     """Write the page of a run, or of several runs side by side: curves, tables and players in one HTML file that opens from disk."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] # run folders; for several, runs and their shuffled controls
-    out: Path | None = None # the file to write; by default RUN/report.html, or comparison.html beside the first of several
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders; for several, runs and their shuffled controls
+    out: Path | None = (
+        None  # the file to write; by default RUN/report.html, or comparison.html beside the first of several
+    )
 
 
 def main(argv=None):
     "Entry point of `python -m dlpo_nb.report`."
     config = tyro.cli(ReportConfig, prog="python -m dlpo_nb.report", args=argv)
     if not config.runs:
-        raise UserError("no run given; name at least one run folder, as in python -m dlpo_nb.report runs/mine")
+        raise UserError(
+            "no run given; name at least one run folder, as in python -m dlpo_nb.report runs/mine"
+        )
     if len(config.runs) == 1:
         print(write_report(config.runs[0], config.out))
     else:

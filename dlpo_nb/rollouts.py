@@ -10,7 +10,7 @@ __all__ = ['text_indices', 'texts_of_episode', 'micro_batches', 'collect', 'rows
 import torch
 
 from .core import keyed_generator
-from .distributed import fail_together, gather, gather_rows, share, world_size
+from .distributed import abort_all, all_gather, gather_rows, shard, world_size
 from .mdp import draw_steps, rollout
 from .objectives import advantages
 from .rewards.base import ScoringQueue, as_reward
@@ -38,7 +38,7 @@ def texts_of_episode(tuner, e) -> list:
 def micro_batches(tuner, e) -> list:
     "This process's texts of episode e as lists of (place in the batch, index of the text), similar lengths together."
     chosen = sorted(enumerate(texts_of_episode(tuner, e)), key=lambda pair: len(tuner.ids[pair[1]]))
-    mine, size = share(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
+    mine, size = shard(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
@@ -48,8 +48,18 @@ def collect(tuner, e, queue=None) -> list:
     steps = draw_steps(c.train_steps, c.rollout_steps, keyed_generator(c.seed, "train-steps", e))
     for pairs in micro_batches(tuner, e):
         rows, chosen = zip(*pairs)
-        t = rollout(tuner.model, tuner.schedule, [tuner.texts[i] for i in chosen], [tuner.ids[i] for i in chosen], steps,
-                    (c.seed, "rollout", e), rows, c.group_size, c.fork or None, c.reduction)
+        t = rollout(
+            tuner.model,
+            tuner.schedule,
+            [tuner.texts[i] for i in chosen],
+            [tuner.ids[i] for i in chosen],
+            steps,
+            (c.seed, "rollout", e),
+            rows,
+            c.group_size,
+            c.fork or None,
+            c.reduction,
+        )
         trajectories.append(t)
         if queue is not None:
             queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, t.texts)
@@ -68,7 +78,7 @@ def current_conditioning(tuner, t):
     return tuner.model.condition(t.ids, t.lengths, durations=t.conditioning.durations)
 
 # %% ../nbs/39d_rollouts.ipynb #993e75e1
-def score_audio(tuner, trajectories, queue=None) -> torch.Tensor: # (batch,) float32
+def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) float32
     "Rewards of the whole batch in its order: of what the queue was given in `collect`, or scored here."
     if queue is None:
         with ScoringQueue(tuner.reward) as queue:
@@ -81,12 +91,14 @@ def score_audio(tuner, trajectories, queue=None) -> torch.Tensor: # (batch,) flo
     if not rewards.isfinite().all():
         row = int((~rewards.isfinite()).nonzero()[0])
         spoken = {r: text for t in trajectories for r, text in zip(t.rows, t.texts)}
-        (text,) = [texts[row] for texts in gather(spoken) if row in texts]
-        fail_together(f"the reward of '{text}' is not finite; look at the last samples, lower --learning-rate, or mend the reward.")
+        (text,) = [texts[row] for texts in all_gather(spoken) if row in texts]
+        abort_all(
+            f"the reward of '{text}' is not finite; look at the last samples, lower --learning-rate, or mend the reward."
+        )
     return rewards
 
 
-def make_advantages(tuner, rewards, e) -> torch.Tensor: # (batch,) -> (batch,)
+def make_advantages(tuner, rewards, e) -> torch.Tensor:  # (batch,) -> (batch,)
     "What the method makes of the rewards; dealt to the wrong utterances in the control."
     c, o = tuner.config, tuner.objective
     texts = [tuner.texts[i] for i in texts_of_episode(tuner, e) for _ in range(c.group_size)]
@@ -105,7 +117,13 @@ def rollout_statistics(tuner, trajectories, queue) -> dict:
     failures = len({failure.index for failure in queue.last_failures})
     samples = sum(float(t.audio_lengths.sum()) for t in trajectories)
     clipped = sum(t.x0_clipped_share * len(t.indices) for t in trajectories)
-    failures, scoring, samples, clipped = map(sum, zip(*gather((failures, queue.seconds, samples, clipped))))
+    failures, scoring, samples, clipped = map(
+        sum, zip(*all_gather((failures, queue.seconds, samples, clipped)))
+    )
     c = tuner.config
-    return {"reward/failed": failures, "x0/clipped": clipped * c.group_size / c.batch_size,
-            "seconds/scoring": scoring / world_size(), "audio_seconds": samples / tuner.model.sample_rate}
+    return {
+        "reward/failed": failures,
+        "x0/clipped": clipped * c.group_size / c.batch_size,
+        "seconds/scoring": scoring / world_size(),
+        "audio_seconds": samples / tuner.model.sample_rate,
+    }

@@ -17,15 +17,17 @@ from .core import UserError
 
 # %% ../nbs/49_statistics.ipynb #9e59987e
 def bootstrap_interval(
-    x, # (n,) values, one a text
-    level=0.95, # share of the resampled means inside
-    n=10000, # resamples
+    x,  # (n,) values, one a text
+    level=0.95,  # share of the resampled means inside
+    n=10000,  # resamples
     seed=0,
-) -> tuple: # mean, low, high
+) -> tuple:  # mean, low, high
     "Mean of x and its percentile bootstrap interval; the interval of a single value is that value."
     x = np.asarray(x, dtype=float)
     if x.ndim != 1 or not len(x):
-        raise UserError(f"an interval needs a list of numbers, one a text, but got an array of shape {x.shape}")
+        raise UserError(
+            f"an interval needs a list of numbers, one a text, but got an array of shape {x.shape}"
+        )
     means = x[np.random.default_rng(seed).integers(len(x), size=(n, len(x)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(x.mean()), float(low), float(high)
@@ -45,7 +47,7 @@ def paired_tests(base, other):
     moved = delta[delta != 0]
     if len(delta) < 2:
         d = p_t = p_w = math.nan
-    elif spread <= 1e-12 * max(1.0, abs(difference)): # every text moved by the same
+    elif spread <= 1e-12 * max(1.0, abs(difference)):  # every text moved by the same
         d, p_t = (0.0, 1.0) if abs(difference) <= 1e-12 else (math.copysign(math.inf, difference), 0.0)
     else:
         d, p_t = difference / spread, float(stats.ttest_1samp(delta, 0).pvalue)
@@ -55,8 +57,8 @@ def paired_tests(base, other):
 
 # %% ../nbs/49_statistics.ipynb #515eca86
 def holm(
-    p, # list of p values of one family; nan takes no part
-) -> list: # adjusted, in the same order
+    p,  # list of p values of one family; nan takes no part
+) -> list:  # adjusted, in the same order
     "P values adjusted by Holm's step-down method: those below a level keep the family's error below it."
     adjusted, known = [math.nan] * len(p), [i for i, value in enumerate(p) if not math.isnan(value)]
     largest = 0.0
@@ -71,26 +73,39 @@ def describe(values):
     if not values:
         return dict(n=0)
     mean, low, high = bootstrap_interval(values)
-    return dict(n=len(values), mean=mean, sd=float(np.std(values, ddof=1)) if len(values) > 1 else math.nan, low=low, high=high)
+    return dict(
+        n=len(values),
+        mean=mean,
+        sd=float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+        low=low,
+        high=high,
+    )
 
 
-def values_of(rows, name): # {system: {text's place: value}}, list of the places left out
+def values_of(rows, name):  # {system: {text's place: value}}, list of the places left out
     """A measurement of every system. A text whose utterance was heard and refused by the judge, of any system that has values, is left
     out for all: means over different texts are no comparison. A text that a system has not spoken is missing for that system alone."""
-    values = {s: {i: row[name] for i, row in enumerate(own) if row.get(name) is not None} for s, own in rows.items()}
-    heard = {s: {i for i, row in enumerate(own) if any(v is not None for key, v in row.items() if key != "text")} for s, own in rows.items()}
+    values = {
+        s: {i: row[name] for i, row in enumerate(own) if row.get(name) is not None} for s, own in rows.items()
+    }
+    heard = {
+        s: {i for i, row in enumerate(own) if any(v is not None for key, v in row.items() if key != "text")}
+        for s, own in rows.items()
+    }
     refused = set().union(*(heard[s] - own.keys() for s, own in values.items() if own))
-    return {s: {i: v for i, v in own.items() if i not in refused} for s, own in values.items()}, sorted(refused)
+    return {s: {i: v for i, v in own.items() if i not in refused} for s, own in values.items()}, sorted(
+        refused
+    )
 
 
 def compare_systems(
-    rows, # dict of system -> list of a dict for each text, in the same order; what was not measured is absent
-    measures, # dict of name in the rows -> label
-    reference, # the system that the others are compared with
-    test="t", # one of TESTS, for the corrected p
-    lower_is_better=(), # measures of errors
-    neutral=(), # what is neither good nor bad, such as the duration
-) -> dict: # reference, test, texts, measures: name -> label, better, left_out, systems: name -> n, mean, sd, low, high, against
+    rows,  # dict of system -> list of a dict for each text, in the same order; what was not measured is absent
+    measures,  # dict of name in the rows -> label
+    reference,  # the system that the others are compared with
+    test="t",  # one of TESTS, for the corrected p
+    lower_is_better=(),  # measures of errors
+    neutral=(),  # what is neither good nor bad, such as the duration
+) -> dict:  # reference, test, texts, measures: name -> label, better, left_out, systems: name -> n, mean, sd, low, high, against
     "Each measurement of each system, and its difference from the reference with p, Holm-corrected over the systems."
     result = dict(reference=reference, test=TESTS[test], texts=len(rows[reference]), measures={})
     for name, label in measures.items():
@@ -110,21 +125,32 @@ def compare_systems(
 
 # %% ../nbs/49_statistics.ipynb #65875484
 def contradictions(
-    result, # of `compare_systems`
-    names, # measurements that judge
-    level=0.05, # of the corrected p
-) -> list: # a sentence for each system of which one judge thinks better and another worse than of the reference
+    result,  # of `compare_systems`
+    names,  # measurements that judge
+    level=0.05,  # of the corrected p
+) -> (
+    list
+):  # a sentence for each system of which one judge thinks better and another worse than of the reference
     "Where a score was bought with another one: reward hacking, or judges that hear different things; a human buys nothing."
-    lines, systems = [], dict.fromkeys(s for name in names for s in result["measures"][name]["systems"] if s != "ground truth")
+    lines, systems = (
+        [],
+        dict.fromkeys(
+            s for name in names for s in result["measures"][name]["systems"] if s != "ground truth"
+        ),
+    )
     for s in systems:
         better, worse = [], []
         for name in names:
             m = result["measures"][name]
             a = m["systems"][s].get("against")
             if a and a["holm"] is not None and a["holm"] < level and a["difference"]:
-                (better if (a["difference"] > 0) == (m["better"] == "higher") else worse).append(m["label"].split(",")[0])
+                (better if (a["difference"] > 0) == (m["better"] == "higher") else worse).append(
+                    m["label"].split(",")[0]
+                )
         if better and worse:
-            lines.append(f"{s} is better than {result['reference']} by {', '.join(better)} and worse by {', '.join(worse)}: was the one bought with the other?")
+            lines.append(
+                f"{s} is better than {result['reference']} by {', '.join(better)} and worse by {', '.join(worse)}: was the one bought with the other?"
+            )
     return lines
 
 # %% ../nbs/49_statistics.ipynb #2aab319d
@@ -143,12 +169,17 @@ def table_of_means(result, columns=5):
     names, blocks = list(result["measures"]), []
     systems = list(result["measures"][names[0]]["systems"]) if names else []
     for start in range(0, len(names), columns):
-        part = [result["measures"][name] for name in names[start:start + columns]]
+        part = [result["measures"][name] for name in names[start : start + columns]]
         lines = [f"{'':<18}" + "".join(f"{m['label'][:15]:>16}" for m in part)]
         for s in systems:
             cells = [(m, m["systems"][s]) for m in part]
-            lines.append(f"{s[:17]:<18}" + "".join(
-                f" {number(shown(m, v['mean']), '.2f') + ' ± ' + number(shown(m, v['sd']), '.2f') if v['n'] else '-':>15}" for m, v in cells))
+            lines.append(
+                f"{s[:17]:<18}"
+                + "".join(
+                    f" {number(shown(m, v['mean']), '.2f') + ' ± ' + number(shown(m, v['sd']), '.2f') if v['n'] else '-':>15}"
+                    for m, v in cells
+                )
+            )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -170,14 +201,23 @@ def left_out_line(result, measure):
     "Which texts a judge refused of a system, so that they are left out for all: a list of at most one line of 100 columns."
     places = [str(i + 1) for i in measure.get("left_out", ())]
     shown_places = ", ".join(places[:12]) + (", ..." if len(places) > 12 else "")
-    return [f"{result['texts'] - len(places)} of {result['texts']} texts; refused and left out for all systems: {shown_places}"] if places else []
+    return (
+        [
+            f"{result['texts'] - len(places)} of {result['texts']} texts; refused and left out for all systems: {shown_places}"
+        ]
+        if places
+        else []
+    )
 
 
 def table_against(result, name):
     "One measurement: mean, sd, interval, difference from the reference, p, p after Holm, Cohen's d; at most 100 columns."
     m, form = result["measures"][name], ".1f" if result["measures"][name]["label"].endswith("%") else ".3f"
-    lines = [f"{m['label']}, {m['better']} is better; differences from {result['reference']}, {result['test']}", *left_out_line(result, m),
-             f"{'':<16}{'n':>4}{'mean':>7}{'sd':>7}  {'95 % interval':<15}{'diff':>8}  {'95 % interval':<17}{'p':>7}{'Holm':>7}{'d':>7}"]
+    lines = [
+        f"{m['label']}, {m['better']} is better; differences from {result['reference']}, {result['test']}",
+        *left_out_line(result, m),
+        f"{'':<16}{'n':>4}{'mean':>7}{'sd':>7}  {'95 % interval':<15}{'diff':>8}  {'95 % interval':<17}{'p':>7}{'Holm':>7}{'d':>7}",
+    ]
     for s, v in m["systems"].items():
         if not v["n"]:
             lines.append(f"{s[:15]:<16}{0:>4}  not measured")
@@ -195,7 +235,9 @@ def colours_of(result):
     "A colour for each system: grey for the ground truth, black for the reference."
     systems = list(next(iter(result["measures"].values()))["systems"])
     others = [s for s in systems if s not in ("ground truth", result["reference"])]
-    return {"ground truth": "0.6", result["reference"]: "0.15"} | {s: COLOURS[i % len(COLOURS)] for i, s in enumerate(others)}
+    return {"ground truth": "0.6", result["reference"]: "0.15"} | {
+        s: COLOURS[i % len(COLOURS)] for i, s in enumerate(others)
+    }
 
 
 def draw_bars(result, names):
@@ -203,15 +245,17 @@ def draw_bars(result, names):
     import matplotlib.pyplot as plt
 
     colours, columns, rows = colours_of(result), min(4, len(names)), math.ceil(len(names) / 4)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.2 + 2.6 * columns, 3 * rows), dpi=80, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(names):]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.2 + 2.6 * columns, 3 * rows), dpi=80, squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names):
         m = result["measures"][name]
         have = [s for s, v in m["systems"].items() if v["n"]]
         for s in have:
             v = m["systems"][s]
-            sd = shown(m, v["sd"]) if math.isfinite(v["sd"] or 0) else 0 # one text has none
+            sd = shown(m, v["sd"]) if math.isfinite(v["sd"] or 0) else 0  # one text has none
             bar = ax.bar(s, shown(m, v["mean"]), yerr=sd or 0, color=colours[s], capsize=3, ecolor="0.4")
             holm_p = v.get("against", {}).get("holm")
             if holm_p is not None and holm_p < 0.05:
@@ -227,9 +271,19 @@ def shade_hacking(ax, x, y, where):
     "Shade the corner in which the vertical measurement is better than the reference's (`where`: its x, y), the other one worse."
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     ax.fill_between([left, where[0]], where[1], top, color="#D55E00", alpha=0.10, lw=0)
-    ax.text(0.02, 0.98, f"better {y['label']}, worse {x['label'].split(',')[0]}:\nreward hacking?", transform=ax.transAxes, va="top", fontsize=8, color="#A04000")
-    ax.axvline(where[0], color="0.6", lw=0.8); ax.axhline(where[1], color="0.6", lw=0.8)
-    ax.set_xlim(left, right); ax.set_ylim(bottom, top)
+    ax.text(
+        0.02,
+        0.98,
+        f"better {y['label']}, worse {x['label'].split(',')[0]}:\nreward hacking?",
+        transform=ax.transAxes,
+        va="top",
+        fontsize=8,
+        color="#A04000",
+    )
+    ax.axvline(where[0], color="0.6", lw=0.8)
+    ax.axhline(where[1], color="0.6", lw=0.8)
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
 
 
 def draw_leaderboard(result, y, x):
@@ -240,8 +294,11 @@ def draw_leaderboard(result, y, x):
     figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=80, layout="constrained")
     both = [s for s in my["systems"] if my["systems"][s]["n"] and mx["systems"][s]["n"]]
     for i, s in enumerate(both):
-        (cx, low_x, high_x), (cy, low_y, high_y) = ([shown(m, m["systems"][s][key]) for key in ("mean", "low", "high")] for m in (mx, my))
-        ax.plot([low_x, high_x], [cy, cy], color=colours[s], lw=1); ax.plot([cx, cx], [low_y, high_y], color=colours[s], lw=1)
+        (cx, low_x, high_x), (cy, low_y, high_y) = (
+            [shown(m, m["systems"][s][key]) for key in ("mean", "low", "high")] for m in (mx, my)
+        )
+        ax.plot([low_x, high_x], [cy, cy], color=colours[s], lw=1)
+        ax.plot([cx, cx], [low_y, high_y], color=colours[s], lw=1)
         ax.plot(cx, cy, "osD^vP*X"[i % 8], color=colours[s], ms=8, label=s)
     ax.margins(0.15)
     for m, invert in ((mx, ax.invert_xaxis), (my, ax.invert_yaxis)):
@@ -249,8 +306,16 @@ def draw_leaderboard(result, y, x):
             invert()
     if result["reference"] in both:
         shade_hacking(ax, mx, my, [shown(m, m["systems"][result["reference"]]["mean"]) for m in (mx, my)])
-    ax.set_xlabel(f"{mx['label']} ({'lower' if mx['better'] == 'lower' else 'higher'} is better: to the right)")
-    ax.set_ylabel(my["label"]); ax.set_title("; ".join(f"{m['label'].split(',')[0]}: {line}" for m in (mx, my) for line in left_out_line(result, m)), fontsize=8)
+    ax.set_xlabel(
+        f"{mx['label']} ({'lower' if mx['better'] == 'lower' else 'higher'} is better: to the right)"
+    )
+    ax.set_ylabel(my["label"])
+    ax.set_title(
+        "; ".join(
+            f"{m['label'].split(',')[0]}: {line}" for m in (mx, my) for line in left_out_line(result, m)
+        ),
+        fontsize=8,
+    )
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     return figure

@@ -27,7 +27,7 @@ LOWEST_RATE = 16000  # samples a second; below, too much of speech is missing to
 
 def read_clip(
     path,
-) -> tuple: # (N,) float32 at SAMPLE_RATE, and a list of what was done to bring it there
+) -> tuple:  # (N,) float32 at SAMPLE_RATE, and a list of what was done to bring it there
     "The recording of one utterance; UserError, one sentence, where it cannot be judged."
     path, done = Path(path), []
     if not path.is_file():
@@ -35,11 +35,17 @@ def read_clip(
     try:
         info = soundfile.info(path)
     except (OSError, soundfile.SoundFileError):
-        raise UserError(f"{path.name} is no audio file that can be read; it is damaged or of another kind") from None
+        raise UserError(
+            f"{path.name} is no audio file that can be read; it is damaged or of another kind"
+        ) from None
     if info.samplerate < LOWEST_RATE:
-        raise UserError(f"{path.name} has {info.samplerate} samples a second, at least {LOWEST_RATE} are needed to judge speech")
+        raise UserError(
+            f"{path.name} has {info.samplerate} samples a second, at least {LOWEST_RATE} are needed to judge speech"
+        )
     if info.frames > LONGEST * info.samplerate:
-        raise UserError(f"{path.name} lasts {info.frames / info.samplerate / 60:.1f} minutes, an utterance may last {LONGEST:g} s; cut it first")
+        raise UserError(
+            f"{path.name} lasts {info.frames / info.samplerate / 60:.1f} minutes, an utterance may last {LONGEST:g} s; cut it first"
+        )
     with warnings.catch_warnings():  # who judges the recording says what is wrong with its sound
         warnings.simplefilter("ignore", SoundWarning)
         audio = read_audio(path, resample=True)
@@ -57,12 +63,19 @@ SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 def by_number(path):
     "Sorting key of a file name in which numbers count as numbers: a2 before a10."
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.stem) if part]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"(\d+)", path.stem)
+        if part
+    ]
 
 
 def audio_files(folder):
     "The recordings in a folder, in the order of their names."
-    return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")), key=by_number)
+    return sorted(
+        (p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")),
+        key=by_number,
+    )
 
 
 def read_transcript(folder):
@@ -79,11 +92,16 @@ def read_transcript(folder):
         # three fields in every line are LJSpeech's id|text|normalised text; else what follows the first bar is the text
         fields = 2 if all(line.count("|") == 2 and "| " not in line for line in lines) else 1
         rows = [line.split("|", fields) for line in lines]
-        names = [(Path(row[0]).stem if Path(row[0]).suffix.lower() in SUFFIXES else row[0], row[-1].strip()) for row in rows]
+        names = [
+            (Path(row[0]).stem if Path(row[0]).suffix.lower() in SUFFIXES else row[0], row[-1].strip())
+            for row in rows
+        ]
         return [(found.get(name, Path(folder) / f"{name}.wav"), text) for name, text in names]
     if len(lines) != len(files):
-        raise UserError(f"{path} has {len(lines)} lines for {len(files)} recordings; write one line a recording in the order of the "
-                        "file names, or NAME|TEXT lines")
+        raise UserError(
+            f"{path} has {len(lines)} lines for {len(files)} recordings; write one line a recording in the order of the "
+            "file names, or NAME|TEXT lines"
+        )
     return list(zip(files, lines))
 
 # %% ../nbs/48_systems.ipynb #4c393128
@@ -94,40 +112,60 @@ def numbered(files, count):
         return None
     numbers = [int(end[1]) for end in ends]
     first = 0 if 0 in numbers else 1
-    fits = len(set(numbers)) == len(numbers) and len({file.stem[:end.start()] for file, end in zip(files, ends)}) == 1
-    return {n - first: file for n, file in zip(numbers, files)} if fits and first <= min(numbers) and max(numbers) - first < count else None
+    fits = (
+        len(set(numbers)) == len(numbers)
+        and len({file.stem[: end.start()] for file, end in zip(files, ends)}) == 1
+    )
+    return (
+        {n - first: file for n, file in zip(numbers, files)}
+        if fits and first <= min(numbers) and max(numbers) - first < count
+        else None
+    )
 
 
 def match_files(
     folder,
-    texts, # list of str
-) -> list: # for each text its recording's path, or None where the folder has none
+    texts,  # list of str
+) -> list:  # for each text its recording's path, or None where the folder has none
     "Which recording in a folder says which text; UserError where that cannot be known."
     files, transcript = audio_files(folder), read_transcript(folder)
     if not files:
-        raise UserError(f"{folder} holds no recordings; it should have .wav or .flac files, or be a run or a checkpoint")
+        raise UserError(
+            f"{folder} holds no recordings; it should have .wav or .flac files, or be a run or a checkpoint"
+        )
     if transcript is not None:
         places = defaultdict(deque)
         for path, text in transcript:
             places[text].append(path)
         found = [places[text].popleft() if places[text] else None for text in texts]
         if not any(found):
-            raise UserError(f"none of the texts asked for is in {Path(folder) / 'texts.txt'}; give its texts by --texts, or correct it")
+            raise UserError(
+                f"none of the texts asked for is in {Path(folder) / 'texts.txt'}; give its texts by --texts, or correct it"
+            )
         return found
-    by_name = dict(enumerate(files)) if len(files) == len(texts) else numbered(files, len(texts)) if len(files) < len(texts) else None
+    by_name = (
+        dict(enumerate(files))
+        if len(files) == len(texts)
+        else numbered(files, len(texts))
+        if len(files) < len(texts)
+        else None
+    )
     if by_name is None:
-        raise UserError(f"{folder} holds {len(files)} recordings for {len(texts)} texts, and which says which is not known; "
-                        "put a texts.txt with NAME|TEXT lines beside them")
+        raise UserError(
+            f"{folder} holds {len(files)} recordings for {len(texts)} texts, and which says which is not known; "
+            "put a texts.txt with NAME|TEXT lines beside them"
+        )
     return [by_name.get(i) for i in range(len(texts))]
 
 # %% ../nbs/48_systems.ipynb #006985fe
 @dataclass(frozen=True)
 class System:
     "One of the things compared."
+
     name: str
-    kind: str # model: speaks the texts; audio: a folder of recordings
-    path: Path # the checkpoint, or the folder
-    role: str = "" # base, ground truth, or nothing special
+    kind: str  # model: speaks the texts; audio: a folder of recordings
+    path: Path  # the checkpoint, or the folder
+    role: str = ""  # base, ground truth, or nothing special
 
     @property
     def label(self):
@@ -139,7 +177,9 @@ def base_of_run(folder):
     "The checkpoint that a run was tuned from; UserError where config.json does not say."
     base = RunDir(folder, create=False).read_json("config.json").get("base_checkpoint")
     if not base:
-        raise UserError(f"{folder / 'config.json'} does not name a base_checkpoint; is this the folder of a fine-tuning run?")
+        raise UserError(
+            f"{folder / 'config.json'} does not name a base_checkpoint; is this the folder of a fine-tuning run?"
+        )
     return base_path(base)
 
 
@@ -149,12 +189,16 @@ def as_system(given):
     if path.is_dir() and (path / "config.json").is_file():
         tuned = path / "checkpoints" / "tuned.safetensors"
         if not tuned.is_file():
-            raise UserError(f"the run in {path} has no tuned model yet; finish it: python -m dlpo_nb.launch --out {path} --resume")
+            raise UserError(
+                f"the run in {path} has no tuned model yet; finish it: python -m dlpo_nb.launch --out {path} --resume"
+            )
         return System(path.resolve().name, "model", tuned)
     if path.is_dir():
         return System(path.resolve().name, "audio", path)
     if path.suffix not in (".safetensors", ".ckpt") or not path.is_file():
-        raise UserError(f"there is no run, checkpoint (.safetensors, .ckpt) or folder of recordings at {given}; check the path")
+        raise UserError(
+            f"there is no run, checkpoint (.safetensors, .ckpt) or folder of recordings at {given}; check the path"
+        )
     in_run = path.parent.name == "checkpoints" and path.stem == "tuned"
     return System(path.resolve().parents[1].name if in_run else path.stem, "model", path)
 
@@ -164,7 +208,7 @@ def without_doubles(systems):
     taken, renamed = set(), []
     for system in systems:
         name, number = system.name, 1
-        while name.lower() in taken: # folders of some machines do not tell a from A
+        while name.lower() in taken:  # folders of some machines do not tell a from A
             number += 1
             name = f"{system.name}-{number}"
         taken.add(name.lower())
@@ -173,9 +217,9 @@ def without_doubles(systems):
 
 
 def find_systems(
-    given, # paths of runs, checkpoints and folders of recordings, or tiny_base
-    ground_truth=None, # folder of a human's recordings
-) -> tuple: # list of System: ground truth, bases, then as given; list of notes
+    given,  # paths of runs, checkpoints and folders of recordings, or tiny_base
+    ground_truth=None,  # folder of a human's recordings
+) -> tuple:  # list of System: ground truth, bases, then as given; list of notes
     "What is compared; a base that several runs share comes once. UserError for a path that is nothing of the kind."
     systems, bases, notes = [as_system(path) for path in given], {}, []
     places = {system.path.resolve(): i for i, system in reversed(list(enumerate(systems)))}
@@ -183,7 +227,7 @@ def find_systems(
         if not (path / "config.json").is_file():
             continue
         base = base_of_run(path)
-        if base.resolve() in places: # named by the user as well
+        if base.resolve() in places:  # named by the user as well
             i = places[base.resolve()]
             systems[i] = replace(systems[i], role="base")
         elif base.is_file():
@@ -193,11 +237,15 @@ def find_systems(
     systems = list(bases.values()) + sorted(systems, key=lambda system: system.role != "base")
     if ground_truth is not None:
         if not Path(ground_truth).is_dir():
-            raise UserError(f"--ground-truth {ground_truth} is no folder; give the folder of the human's recordings")
+            raise UserError(
+                f"--ground-truth {ground_truth} is no folder; give the folder of the human's recordings"
+            )
         systems.insert(0, System("ground truth", "audio", Path(ground_truth), "ground truth"))
     return without_doubles(systems), notes
 
 
 def baseline(systems):
     "What the others are compared with: the first base, or else the first system that is no ground truth."
-    return min((s for s in systems if s.role != "ground truth"), key=lambda s: s.role != "base", default=systems[0])
+    return min(
+        (s for s in systems if s.role != "ground truth"), key=lambda s: s.role != "base", default=systems[0]
+    )

@@ -25,8 +25,11 @@ SILENCES = ["sp", "spn", "sil"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 # alphabetical; a vowel comes bare and with each stress digit
-PHONES = [phone + stress for phone in sorted(VOWELS + CONSONANTS)
-          for stress in (["", "0", "1", "2"] if phone in VOWELS else [""])] + SILENCES
+PHONES = [
+    phone + stress
+    for phone in sorted(VOWELS + CONSONANTS)
+    for stress in (["", "0", "1", "2"] if phone in VOWELS else [""])
+] + SILENCES
 SYMBOLS = ["<pad>", *LETTERS.upper(), *LETTERS, *"!'(),-.:~? ", *("@" + phone for phone in PHONES)]
 _SYMBOL_IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 
@@ -37,20 +40,49 @@ def phones_to_ids(
     "Row numbers of the embedding table. Raises UserError if the model lacks a phone."
     unknown = [phone for phone in phones if "@" + phone not in _SYMBOL_IDS]
     if unknown:
-        raise UserError(f"{unknown[0]!r} is not a phone of the model; phones look like HH, AH0 or sp "
-                        "(see dlpo_nb.text.PHONES)")
+        raise UserError(
+            f"{unknown[0]!r} is not a phone of the model; phones look like HH, AH0 or sp "
+            "(see dlpo_nb.text.PHONES)"
+        )
     return [_SYMBOL_IDS["@" + phone] for phone in phones]
 
 # %% ../nbs/02_text.ipynb #ffb3d4c6
 # as said in a sentence; where the dictionary's first entry is the rarer homograph, the commoner one
-PREFERRED = {word: phones.split() for word, phones in {
-    "and": "AE1 N D", "to": "T AH0", "into": "IH0 N T UW1", "the": "DH AH0", "a": "AH0", "of": "AH1 V", "were": "W ER0", "her": "HH ER0",
-    "before": "B IY0 F AO1 R", "here": "HH IH1 R", "even": "IY1 V AH0 N", "wanted": "W AA1 N T IH0 D", "missus": "M IH1 S AH0 S", "miz": "M IH1 Z",
-    "lead": "L IY1 D", "close": "K L OW1 Z", "use": "Y UW1 Z", "separate": "S EH1 P ER0 IH0 T", "object": "AA1 B JH EH0 K T", "subject": "S AH1 B JH IH0 K T",
-    "transfer": "T R AE1 N S F ER0", "wind": "W IH1 N D", "wound": "W UW1 N D", "live": "L IH1 V", "tears": "T IH1 R Z",
-    "record": "R EH1 K ER0 D", "records": "R EH1 K ER0 D Z", "perfect": "P ER1 F IH0 K T",
-    **ACCENTED, **{word + "s": phones + " Z" for word, phones in ACCENTED.items()},
-}.items()}
+PREFERRED = {
+    word: phones.split()
+    for word, phones in {
+        "and": "AE1 N D",
+        "to": "T AH0",
+        "into": "IH0 N T UW1",
+        "the": "DH AH0",
+        "a": "AH0",
+        "of": "AH1 V",
+        "were": "W ER0",
+        "her": "HH ER0",
+        "before": "B IY0 F AO1 R",
+        "here": "HH IH1 R",
+        "even": "IY1 V AH0 N",
+        "wanted": "W AA1 N T IH0 D",
+        "missus": "M IH1 S AH0 S",
+        "miz": "M IH1 Z",
+        "lead": "L IY1 D",
+        "close": "K L OW1 Z",
+        "use": "Y UW1 Z",
+        "separate": "S EH1 P ER0 IH0 T",
+        "object": "AA1 B JH EH0 K T",
+        "subject": "S AH1 B JH IH0 K T",
+        "transfer": "T R AE1 N S F ER0",
+        "wind": "W IH1 N D",
+        "wound": "W UW1 N D",
+        "live": "L IH1 V",
+        "tears": "T IH1 R Z",
+        "record": "R EH1 K ER0 D",
+        "records": "R EH1 K ER0 D Z",
+        "perfect": "P ER1 F IH0 K T",
+        **ACCENTED,
+        **{word + "s": phones + " Z" for word, phones in ACCENTED.items()},
+    }.items()
+}
 
 
 def _our_habits(phones):
@@ -72,18 +104,39 @@ def _look_up(word):
     return phones and _our_habits(phones)
 
 # %% ../nbs/02_text.ipynb #fb0c264f
-ENDINGS = {"ing": "IH0 NG", "er": "ER0", "ers": "ER0 Z", "est": "IH0 S T", "ly": "L IY0", "ness": "N AH0 S", "less": "L AH0 S", "ful": "F AH0 L",
-           "ment": "M AH0 N T", "ments": "M AH0 N T S", "able": "AH0 B AH0 L", "ish": "IH0 SH", "ism": "IH2 Z AH0 M", "ist": "IH0 S T", "like": "L AY2 K",
-           "ward": "W ER0 D", "man": "M AH0 N", "men": "M IH0 N", "ship": "SH IH2 P", "hood": "HH UH2 D"}
-BEGINNINGS = {"un": "AH0 N", "re": "R IY0", "non": "N AA2 N", "over": "OW2 V ER0", "under": "AH2 N D ER0", "out": "AW2 T", "mis": "M IH0 S", "pre": "P R IY0",
-              "anti": "AE2 N T IY0", "sub": "S AH2 B", "inter": "IH2 N T ER0", "dis": "D IH0 S", "super": "S UW2 P ER0", "counter": "K AW2 N T ER0",
-              "fore": "F AO2 R", "semi": "S EH2 M IY0", "multi": "M AH2 L T IY0", "micro": "M AY2 K R OW0", "tele": "T EH2 L AH0", "mid": "M IH2 D"}
+ENDINGS = {
+    "ing": "IH0 NG", "er": "ER0", "ers": "ER0 Z", "est": "IH0 S T", "ly": "L IY0", "ness": "N AH0 S",
+    "less": "L AH0 S", "ful": "F AH0 L", "ment": "M AH0 N T", "ments": "M AH0 N T S", "able": "AH0 B AH0 L",
+    "ish": "IH0 SH", "ism": "IH2 Z AH0 M", "ist": "IH0 S T", "like": "L AY2 K", "ward": "W ER0 D",
+    "man": "M AH0 N", "men": "M IH0 N", "ship": "SH IH2 P", "hood": "HH UH2 D",
+}  # fmt: skip
+BEGINNINGS = {
+    "un": "AH0 N", "re": "R IY0", "non": "N AA2 N", "over": "OW2 V ER0", "under": "AH2 N D ER0",
+    "out": "AW2 T", "mis": "M IH0 S", "pre": "P R IY0", "anti": "AE2 N T IY0", "sub": "S AH2 B",
+    "inter": "IH2 N T ER0", "dis": "D IH0 S", "super": "S UW2 P ER0", "counter": "K AW2 N T ER0",
+    "fore": "F AO2 R", "semi": "S EH2 M IY0", "multi": "M AH2 L T IY0", "micro": "M AY2 K R OW0",
+    "tele": "T EH2 L AH0", "mid": "M IH2 D",
+}  # fmt: skip
 
 
 def _stems(word, ending):
     "Spellings a stem may have had before `ending` was added."
     stem = word[: -len(ending)]
-    if ending in ("ly", "ness", "less", "ful", "ment", "ments", "like", "ward", "man", "men", "ship", "hood", "s"):
+    if ending in (
+        "ly",
+        "ness",
+        "less",
+        "ful",
+        "ment",
+        "ments",
+        "like",
+        "ward",
+        "man",
+        "men",
+        "ship",
+        "hood",
+        "s",
+    ):
         return [stem] + ([stem[:-1] + "y"] if stem.endswith("i") else [stem + "le"] if ending == "ly" else [])
     doubled = [stem[:-1]] if len(stem) > 2 and stem[-1] == stem[-2] else []
     return [stem, stem + "e", *doubled] + ([stem[:-1] + "y"] if stem.endswith("i") else [])
@@ -91,12 +144,24 @@ def _stems(word, ending):
 
 def _plural(phones):
     last = phones[-1].rstrip("012")
-    return phones + (["IH0", "Z"] if last in ("S", "Z", "SH", "ZH", "CH", "JH") else ["S"] if last in ("P", "T", "K", "F", "TH") else ["Z"])
+    return phones + (
+        ["IH0", "Z"]
+        if last in ("S", "Z", "SH", "ZH", "CH", "JH")
+        else ["S"]
+        if last in ("P", "T", "K", "F", "TH")
+        else ["Z"]
+    )
 
 
 def _past(phones):
     last = phones[-1]
-    return phones + (["IH0", "D"] if last in ("T", "D") else ["T"] if last in ("P", "K", "F", "TH", "S", "SH", "CH") else ["D"])
+    return phones + (
+        ["IH0", "D"]
+        if last in ("T", "D")
+        else ["T"]
+        if last in ("P", "K", "F", "TH", "S", "SH", "CH")
+        else ["D"]
+    )
 
 
 def _secondary(phones):
@@ -126,7 +191,9 @@ def _inflected(word):
 def _compound(word):
     "A `BEGINNINGS` prefix or a word of 3 letters or more, followed by a known word of 3 or more; or None."
     for prefix in sorted(BEGINNINGS, key=len, reverse=True):
-        rest = _look_up(word[len(prefix):]) if word.startswith(prefix) and len(word) - len(prefix) > 3 else None
+        rest = (
+            _look_up(word[len(prefix) :]) if word.startswith(prefix) and len(word) - len(prefix) > 3 else None
+        )
         if rest:
             return BEGINNINGS[prefix].split() + rest
     splits = [(abs(len(word) - 2 * i), i) for i in range(3, len(word) - 2)]
@@ -157,7 +224,11 @@ def _rules():
 
 # %% ../nbs/02_text.ipynb #ca90b505
 # the main stress is so many vowels before the last one
-STRESS_ENDINGS = [("[tsc]ions?|ics?|[tc]ial|[tc]ious|[tc]ian", 1), ("[tsc]ional|ical|ity|ify|ial|ious|eous|ian", 2), ("[tsc]ionally|ically|ially", 3)]
+STRESS_ENDINGS = [
+    ("[tsc]ions?|ics?|[tc]ial|[tc]ious|[tc]ian", 1),
+    ("[tsc]ional|ical|ity|ify|ial|ious|eous|ian", 2),
+    ("[tsc]ionally|ically|ially", 3),
+]
 
 
 def _main_stress(word, phones, at):
@@ -190,7 +261,7 @@ def _by_rules(word):
     while i < len(word):
         before, after = word[:i], word[i:]
         for left, letters, right, sound in _rules()[word[i]]:
-            if after.startswith(letters) and left.search(before) and right.match(after[len(letters):]):
+            if after.startswith(letters) and left.search(before) and right.match(after[len(letters) :]):
                 break
         phones += sound
         i += len(letters)
@@ -266,7 +337,9 @@ def line_to_ids(
     while rest:
         match = re.match(r"(.*?)\{(.+?)\}(.*)", rest, re.DOTALL)
         if not match:
-            raise UserError(f"{rest[:40]!r} stands outside braces at the end of {line[:40]!r}: write phones as {{HH AH0}}")
+            raise UserError(
+                f"{rest[:40]!r} stands outside braces at the end of {line[:40]!r}: write phones as {{HH AH0}}"
+            )
         before, phones, rest = match.groups()
         symbols = list(clean(before).lower()) + ["@" + phone for phone in phones.split()]
         ids += [_SYMBOL_IDS[symbol] for symbol in symbols if symbol in _SYMBOL_IDS]
@@ -276,8 +349,13 @@ def line_to_ids(
 def _recordings(texts):
     "How to get the texts out of a list of recordings in the form of another tool; None for texts."
     name, audio = r"[^\s|,]+", r"[^|,\t]*\.(?:wav|flac|mp3|ogg|opus|npy|pt)"
-    forms = {rf"(?:{name}|{audio}) ?\|": "cut -d'|' -f2 FILE", rf"(?:{name}|{audio})\t": "cut -f2 FILE", rf"\"?{audio}\"?,": "cut -d, -f2- FILE",
-             rf"{audio} ": "cut -d' ' -f2- FILE", r"\{\"": "jq -r .text FILE"}
+    forms = {
+        rf"(?:{name}|{audio}) ?\|": "cut -d'|' -f2 FILE",
+        rf"(?:{name}|{audio})\t": "cut -f2 FILE",
+        rf"\"?{audio}\"?,": "cut -d, -f2- FILE",
+        rf"{audio} ": "cut -d' ' -f2- FILE",
+        r"\{\"": "jq -r .text FILE",
+    }
     for form, command in forms.items():
         listed = sum(bool(re.match(form, text, re.IGNORECASE)) for text in texts)
         if listed == len(texts) or listed > 1 and listed >= len(texts) - 1:  # a header is no recording
@@ -292,12 +370,16 @@ def read_texts(
     try:
         lines = split_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read texts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file with one sentence per line") from error
+        raise UserError(
+            f"cannot read texts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file with one sentence per line"
+        ) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise UserError(f"{path} has no text: write one sentence per line")
     if recordings := _recordings(texts):
-        raise UserError(f"{path} is a list of recordings ({texts[0][:40]!r}), not of texts: give the texts alone, one per line ({recordings})")
+        raise UserError(
+            f"{path} is a list of recordings ({texts[0][:40]!r}), not of texts: give the texts alone, one per line ({recordings})"
+        )
     return texts
 
 

@@ -36,35 +36,30 @@ def dictionary() -> dict:
     return {word: found[0] for word, found in entries().items()}
 
 # %% ../nbs/01a_tokens.ipynb #62ca4c97
-ACCENTED = {"résumé": "R EH1 Z AH0 M EY2", "exposé": "EH2 K S P OW0 Z EY1", "rosé": "R OW0 Z EY1",
-            "pâté": "P AA0 T EY1",
-            "lamé": "L AA0 M EY1", "maté": "M AA1 T EY2", "saké": "S AA1 K IY0", "piqué": "P IY0 K EY1"}
-SIGNS = {"&": "and", "%": "percent", "‰": "per mille", "@": "at", "+": "plus", "=": "equals", "#": "number",
-         "°": "degrees",
-         "§": "section", "×": "times", "÷": "divided by", "/": "slash", "\\": "backslash", "<": "less than",
-         ">": "greater than",
-         "≤": "less than or equal to", "≥": "greater than or equal to", "≠": "not equal to",
-         "≈": "approximately equal to",
-         "±": "plus or minus", "√": "square root of", "∞": "infinity", "→": "to", "⇒": "implies", "←": "from",
-         "↔": "to and from",
-         "~": "tilde", "^": "caret", "*": "asterisk", "_": "underscore", "|": "bar", "µ": "mu", "Ω": "omega",
-         "©": "copyright",
-         "¶": "paragraph", "¢": "cents", "$": "dollars", "£": "pounds", "€": "euros", "¥": "yen",
-         "₹": "rupees", "₩": "won",
-         "₽": "rubles", "₺": "liras", "₪": "shekels", "₫": "dong", "₴": "hryvnias", "₦": "nairas",
-         "₱": "pesos", "฿": "baht",
-         "₿": "bitcoins"}
-FOLDED = {**dict.fromkeys("‘’‚‛´ˊʼʹ′＇`", "'"), **dict.fromkeys("“”„‟″«»‹›「」", '"'),
-          **dict.fromkeys("–‒", " - "),
-          **dict.fromkeys("—―⸺", " -- "), **dict.fromkeys("•·‣▪●◦†‡", ", "), **dict.fromkeys("™®℠", ""),
-          "…": "...", "−": "-",
-          "‐": "-", "‑": "-", "⁃": "-", "⁄": "/", "∕": "/", "⋅": "×", "∗": "*", "μ": "µ", "℃": "°C",
-          "℉": "°F",
-          "№": "No. ", "¿": "", "¡": "", "º": "°", "∼": "~", "≅": "≈", "≃": "≈", "➔": "→", "➜": "→",
-          "ß": "ss", "æ": "ae",
-          "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D",
-          "ð": "th", "Ð": "Th",
-          "þ": "th", "Þ": "Th", "ı": "i"}
+ACCENTED = {
+    "résumé": "R EH1 Z AH0 M EY2", "exposé": "EH2 K S P OW0 Z EY1", "rosé": "R OW0 Z EY1",
+    "pâté": "P AA0 T EY1", "lamé": "L AA0 M EY1", "maté": "M AA1 T EY2", "saké": "S AA1 K IY0",
+    "piqué": "P IY0 K EY1",
+}  # fmt: skip
+SIGNS = {
+    "&": "and", "%": "percent", "‰": "per mille", "@": "at", "+": "plus", "=": "equals", "#": "number",
+    "°": "degrees", "§": "section", "×": "times", "÷": "divided by", "/": "slash", "\\": "backslash",
+    "<": "less than", ">": "greater than", "≤": "less than or equal to", "≥": "greater than or equal to",
+    "≠": "not equal to", "≈": "approximately equal to", "±": "plus or minus", "√": "square root of",
+    "∞": "infinity", "→": "to", "⇒": "implies", "←": "from", "↔": "to and from", "~": "tilde", "^": "caret",
+    "*": "asterisk", "_": "underscore", "|": "bar", "µ": "mu", "Ω": "omega", "©": "copyright",
+    "¶": "paragraph", "¢": "cents", "$": "dollars", "£": "pounds", "€": "euros", "¥": "yen", "₹": "rupees",
+    "₩": "won", "₽": "rubles", "₺": "liras", "₪": "shekels", "₫": "dong", "₴": "hryvnias", "₦": "nairas",
+    "₱": "pesos", "฿": "baht", "₿": "bitcoins",
+}  # fmt: skip
+FOLDED = {
+    **dict.fromkeys("‘’‚‛´ˊʼʹ′＇`", "'"), **dict.fromkeys("“”„‟″«»‹›「」", '"'), **dict.fromkeys("–‒", " - "),
+    **dict.fromkeys("—―⸺", " -- "), **dict.fromkeys("•·‣▪●◦†‡", ", "), **dict.fromkeys("™®℠", ""), "…": "...",
+    "−": "-", "‐": "-", "‑": "-", "⁃": "-", "⁄": "/", "∕": "/", "⋅": "×", "∗": "*", "μ": "µ", "℃": "°C",
+    "℉": "°F", "№": "No. ", "¿": "", "¡": "", "º": "°", "∼": "~", "≅": "≈", "≃": "≈", "➔": "→", "➜": "→",
+    "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d",
+    "Đ": "D", "ð": "th", "Ð": "Th", "þ": "th", "Þ": "Th", "ı": "i",
+}  # fmt: skip
 
 
 def _fold_sign(c):
@@ -87,8 +82,9 @@ def _fold_runs(text):
     text = re.sub(r"(?<=\d)[–‒](?=[\d.$£€])", "-", text)
     text = re.sub(r"(?<=\d)\s?[·⋅]\s?(?=\d)", " × ", text)
     text = re.sub(r"(?<=\d)(?<!\b0)[xX](?=\d)", "×", text)
-    text = re.sub(r"[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKD", m[0]).replace("−", "-"),
-                  text)
+    text = re.sub(
+        r"[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda m: "^" + unicodedata.normalize("NFKD", m[0]).replace("−", "-"), text
+    )
     greek = lambda m: f" {unicodedata.name(m[0]).split()[-1].lower().replace('lamda', 'lambda')} "
     return re.sub(r"(?<![Ͱ-Ͽ\dk])(?!μ[a-zA-Z])[Α-Ωα-ω](?![Ͱ-Ͽ])", greek, text)
 
@@ -102,16 +98,21 @@ def fold(text: str) -> str:
         if c in SIGNS or " " <= c <= "~" or c in "éâÉÂ":
             continue
         if unicodedata.category(c)[0] in "LN":
-            raise UserError(f"cannot speak {c!r} in {text[:60]!r}: only Latin letters and the digits 0-9 are read; "
-                            "transliterate it first")
+            raise UserError(
+                f"cannot speak {c!r} in {text[:60]!r}: only Latin letters and the digits 0-9 are read; "
+                "transliterate it first"
+            )
         name = unicodedata.name(c, "no name").lower()
-        raise UserError(f"cannot speak the sign {c!r} ({name}) in {text[:60]!r}: write it in words, or leave it out")
+        raise UserError(
+            f"cannot speak the sign {c!r} ({name}) in {text[:60]!r}: write it in words, or leave it out"
+        )
     return folded
 
 # %% ../nbs/01a_tokens.ipynb #162372cf
 @functools.lru_cache
 def _counter():
     import inflect  # 0.3 s, only when a text has digits
+
     return inflect.engine()
 
 
@@ -130,8 +131,9 @@ def spell_digits(text: str, zero="zero") -> str:
 
 def ordinal(digits: str) -> str:
     "3 as third."
-    return _counter().number_to_words(_counter().ordinal(digits.replace(",", "")), andword="").replace(",",
-                                                                                                       "")
+    return (
+        _counter().number_to_words(_counter().ordinal(digits.replace(",", "")), andword="").replace(",", "")
+    )
 
 
 def year(digits: str) -> str:
@@ -176,8 +178,9 @@ def amount(text: str) -> str:
 
 def plural(count: str, unit: str) -> str:
     "The unit as it stands behind a count: 1 dollar, 2 dollars, 2 yen, 2 pence, 2 feet."
-    if count.lstrip("0") == "1" or re.search("hertz|yen|won|dong|baht|rand|horsepower|percent|renminbi$",
-                                             unit):
+    if count.lstrip("0") == "1" or re.search(
+        "hertz|yen|won|dong|baht|rand|horsepower|percent|renminbi$", unit
+    ):
         return unit
     irregular = {"penny": "pence", "paisa": "paise", "foot": "feet", "inch": "inches", "century": "centuries"}
     head, tail = re.fullmatch(r"(.*?)((?: per | celsius| fahrenheit| by ).*)?", unit).groups()
@@ -196,34 +199,43 @@ TOKENS = {}  # pattern -> Token, in order of preference where two are equally lo
 
 def token(kind: str, *patterns: str):
     "Registers a reader of tokens. A pattern never ends inside a run of letters and digits."
+
     def register(read):
         for pattern in patterns:
             TOKENS[pattern] = Token(kind, re.compile(rf"(?:{pattern})(?!(?<=[A-Za-z0-9])[A-Za-z0-9])"), read)
         return read
+
     return register
 
 
 def longest_token(text: str, at: int):
     "(kind, words, end) of the longest token that begins at `at`, or None."
-    matches = [(match, kind, read) for kind, pattern,
-               read in TOKENS.values() if (match := pattern.match(text, at))]
-    for match, kind, read in sorted(matches,
-                                    key=lambda m: (-m[0].end(), m[1] == "number")):  # plain numbers last
+    matches = [
+        (match, kind, read) for kind, pattern, read in TOKENS.values() if (match := pattern.match(text, at))
+    ]
+    for match, kind, read in sorted(
+        matches, key=lambda m: (-m[0].end(), m[1] == "number")
+    ):  # plain numbers last
         words = read(match)
         if words is not None:
             return kind, words, match.end()
     return None
 
 # %% ../nbs/01a_tokens.ipynb #2831d89c
-SENTENCE_STARTS = ("A|An|And|As|At|But|For|He|Her|Here|His|How|I|If|In|Is|It|Its|My|No|Not|Of|On|Or|Our|She|So|That|The|"
-                   "Their|Then|There|These|They|This|Those|To|We|What|When|Where|Which|Who|Why|With|Yes|You|Your")
+SENTENCE_STARTS = (
+    "A|An|And|As|At|But|For|He|Her|Here|His|How|I|If|In|Is|It|Its|My|No|Not|Of|On|Or|Our|She|So|That|The|"
+    "Their|Then|There|These|They|This|Those|To|We|What|When|Where|Which|Who|Why|With|Yes|You|Your"
+)
 
 
 def closing_stop(match):
     "The full stop behind an abbreviation, where it ends the sentence too."
-    rest = match.string[match.end():]
-    return "." if match[0].endswith(".") and re.match(rf"[\"')]*(?:\s*$|\s+(?:{SENTENCE_STARTS})\b(?!\.))",
-                                                      rest) else ""
+    rest = match.string[match.end() :]
+    return (
+        "."
+        if match[0].endswith(".") and re.match(rf"[\"')]*(?:\s*$|\s+(?:{SENTENCE_STARTS})\b(?!\.))", rest)
+        else ""
+    )
 
 
 def before(match, pattern):
@@ -233,4 +245,4 @@ def before(match, pattern):
 
 def after(match, pattern):
     "Does the text behind the token begin so?"
-    return re.match(pattern, match.string[match.end():])
+    return re.match(pattern, match.string[match.end() :])

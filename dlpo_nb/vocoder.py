@@ -20,14 +20,15 @@ from .core import Registry, UserError
 @dataclass(frozen=True)
 class MelConfig:
     "A log-mel spectrogram with Slaney's scale and normalisation; the defaults are HiFi-GAN's (Kong et al. 2020)."
+
     sample_rate: int = 22050
-    n_fft: int = 1024 # also the length of the periodic Hann window
-    hop: int = 256 # samples per frame
+    n_fft: int = 1024  # also the length of the periodic Hann window
+    hop: int = 256  # samples per frame
     bands: int = 80
-    top: float = 8000.0 # Hz, upper edge of the last band
-    floor: float = 1e-5 # least amplitude
-    power_floor: float = 1e-9 # added to the power
-    centred: bool = False # frame i is centred on sample hop * i, not on the middle of its hop
+    top: float = 8000.0  # Hz, upper edge of the last band
+    floor: float = 1e-5  # least amplitude
+    power_floor: float = 1e-9  # added to the power
+    centred: bool = False  # frame i is centred on sample hop * i, not on the middle of its hop
 
 
 HIFIGAN_MEL = MelConfig()
@@ -35,23 +36,26 @@ SMALL_MEL = MelConfig(24000, hop=300, bands=100, top=12000.0, floor=1e-4, power_
 
 
 @lru_cache(maxsize=None)
-def mel_filters(mel: MelConfig) -> torch.Tensor: # (n_fft // 2 + 1, bands) float32
+def mel_filters(mel: MelConfig) -> torch.Tensor:  # (n_fft // 2 + 1, bands) float32
     "The triangles of the bands."
     functional = import_torchaudio().functional
     return functional.melscale_fbanks(
-        mel.n_fft // 2 + 1, 0.0, mel.top, mel.bands, mel.sample_rate, norm="slaney", mel_scale="slaney")
+        mel.n_fft // 2 + 1, 0.0, mel.top, mel.bands, mel.sample_rate, norm="slaney", mel_scale="slaney"
+    )
 
 
-def log_mel(audio: torch.Tensor, mel: MelConfig) -> torch.Tensor: # (B, N) -> (B, bands, N // hop)
+def log_mel(audio: torch.Tensor, mel: MelConfig) -> torch.Tensor:  # (B, N) -> (B, bands, N // hop)
     "Natural logarithm of the mel amplitudes. Raises UserError if there is not one frame of audio."
     frames = audio.shape[-1] // mel.hop
     if not frames:
         raise UserError(f"{audio.shape[-1]} samples are less than one frame of {mel.hop}; give longer audio")
     side = mel.n_fft // 2 if mel.centred else (mel.n_fft - mel.hop) // 2
-    audio = F.pad(audio.float(), (0, max(0, side + 1 - audio.shape[-1]))) # reflection needs that much
+    audio = F.pad(audio.float(), (0, max(0, side + 1 - audio.shape[-1])))  # reflection needs that much
     audio = F.pad(audio[:, None], (side, side), mode="reflect")[:, 0]
     window = torch.hann_window(mel.n_fft, device=audio.device)
-    spectrum = torch.stft(audio, mel.n_fft, mel.hop, window=window, center=False, return_complex=True)[..., :frames]
+    spectrum = torch.stft(audio, mel.n_fft, mel.hop, window=window, center=False, return_complex=True)[
+        ..., :frames
+    ]
     power = spectrum.real.square() + spectrum.imag.square()
     amplitude = (power + mel.power_floor).sqrt() if mel.power_floor else power.sqrt()
     return (mel_filters(mel).to(audio.device).T @ amplitude).clamp(min=mel.floor).log()
@@ -62,20 +66,23 @@ VOCODERS = Registry("vocoder")
 
 class Vocoder:
     "Log-mel to sound."
-    mel: MelConfig # what it understands
+
+    mel: MelConfig  # what it understands
 
     def __call__(self, log_mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         "Audio (B, T * hop) in [-1, 1] of log-mels (B, bands, T) whose items have `frames` (B,); 0 past an item's end."
         if log_mel.ndim != 3 or log_mel.shape[1] != self.mel.bands:
-            raise UserError(f"this vocoder understands (B, {self.mel.bands}, T), not {tuple(log_mel.shape)}; "
-                            "use the one that fits the policy's mel")
+            raise UserError(
+                f"this vocoder understands (B, {self.mel.bands}, T), not {tuple(log_mel.shape)}; "
+                "use the one that fits the policy's mel"
+            )
         audio = log_mel.new_zeros(len(log_mel), log_mel.shape[2] * self.mel.hop)
-        for size in frames.unique().tolist(): # items of equal length together, each without padding
+        for size in frames.unique().tolist():  # items of equal length together, each without padding
             rows = (frames == size).nonzero().flatten()
             audio[rows, : size * self.mel.hop] = self.invert(log_mel[rows, :, :size]).clamp(-1, 1).to(audio)
         return audio
 
-    def invert(self, log_mel: torch.Tensor) -> torch.Tensor: # (b, bands, T) -> (b, T * hop)
+    def invert(self, log_mel: torch.Tensor) -> torch.Tensor:  # (b, bands, T) -> (b, T * hop)
         "Of items of one length."
         raise NotImplementedError
 
@@ -86,7 +93,7 @@ def get_vocoder(name: str, mel: MelConfig, **options) -> Vocoder:
 
 # %% ../nbs/12_vocoder.ipynb #18219868
 @lru_cache(maxsize=None)
-def inverse_mel_filters(mel: MelConfig) -> torch.Tensor: # (n_fft // 2 + 1, bands)
+def inverse_mel_filters(mel: MelConfig) -> torch.Tensor:  # (n_fft // 2 + 1, bands)
     "Pseudo-inverse of the filters."
     return torch.linalg.pinv(mel_filters(mel).double().T).float()
 
@@ -106,10 +113,22 @@ class GriffinLim(Vocoder):
         before = 0 if mel.centred else 1
         amplitude = F.pad(amplitude, (before, 1), mode="replicate")
         window, rows = torch.hann_window(mel.n_fft, device=amplitude.device), []
-        with torch.random.fork_rng(): # it draws the phases from the global generator
+        with torch.random.fork_rng():  # it draws the phases from the global generator
             for row in amplitude:
                 torch.manual_seed(self.seed)
-                rows.append(griffinlim(row, window, mel.n_fft, mel.hop, mel.n_fft, 1.0, self.iterations,
-                                       self.momentum, None, True))
+                rows.append(
+                    griffinlim(
+                        row,
+                        window,
+                        mel.n_fft,
+                        mel.hop,
+                        mel.n_fft,
+                        1.0,
+                        self.iterations,
+                        self.momentum,
+                        None,
+                        True,
+                    )
+                )
         start = before * mel.hop // 2
         return torch.stack(rows)[:, start : start + log_mel.shape[2] * mel.hop]

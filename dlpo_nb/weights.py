@@ -23,13 +23,15 @@ from .core import UserError, atomic_write
 
 # %% ../nbs/04a_weights.ipynb #32bb8627
 def write_weights(
-    path, # where to, .safetensors by custom
-    state: dict, # tensors by name
-    metadata: dict | None = None, # what the file says about itself: text, or what JSON can hold
-    half: bool = False, # store matrices as float16
+    path,  # where to, .safetensors by custom
+    state: dict,  # tensors by name
+    metadata: dict | None = None,  # what the file says about itself: text, or what JSON can hold
+    half: bool = False,  # store matrices as float16
 ):
     "Write tensors and metadata atomically."
-    notes = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    notes = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()
+    }
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if half:
         state = {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
@@ -37,53 +39,78 @@ def write_weights(
         Path(temporary).write_bytes(to_safetensors(state, notes))
 
 
-def read_safetensors(path) -> tuple: # ({name: tensor}, {metadata})
+def read_safetensors(path) -> tuple:  # ({name: tensor}, {metadata})
     "All tensors and the metadata of a safetensors file."
     with safe_open(path, "pt") as file:
         # clones: the file may change while the model lives
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}
 
 # %% ../nbs/04a_weights.ipynb #4ea3740a
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-          "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-          "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+DTYPES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
 
 
 class Inert:
     "Stands in for a class or function named in a pickle; does nothing."
 
-    def __new__(cls, *args, **kwargs): return object.__new__(cls)
-    def __init__(self, *args, **kwargs): pass
-    def __call__(self, *args, **kwargs): return self
-    def __setstate__(self, state): pass
-    def __setitem__(self, key, value): pass
-    def append(self, value): pass
-    def extend(self, values): pass
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
 
 
 class PlainDict(dict):
     "An OrderedDict of a pickle, without its extra attributes."
 
-    def __setstate__(self, state): pass
+    def __setstate__(self, state):
+        pass
 
 
 class Stored(NamedTuple):
     "A tensor of an archive, not read yet."
-    storage: tuple # (key in the archive, dtype)
+
+    storage: tuple  # (key in the archive, dtype)
     offset: int
     shape: tuple
     stride: tuple
 
 
-def rebuild_tensor(storage, offset, shape, stride, *_): return Stored(storage, offset, tuple(shape), tuple(stride))
-def rebuild_parameter(data, *_): return data
+def rebuild_tensor(storage, offset, shape, stride, *_):
+    return Stored(storage, offset, tuple(shape), tuple(stride))
+
+
+def rebuild_parameter(data, *_):
+    return data
 
 
 class WeightsUnpickler(pickle.Unpickler):
     "Rebuilds dictionaries and tensors; anything else is inert."
 
-    KNOWN = {("collections", "OrderedDict"): PlainDict, ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-             ("torch._utils", "_rebuild_parameter"): rebuild_parameter}
+    KNOWN = {
+        ("collections", "OrderedDict"): PlainDict,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    }
 
     def find_class(self, module, name):
         if module == "torch" and name in DTYPES:
@@ -106,7 +133,11 @@ def read_archive(path) -> dict:
             content = content["state_dict"]
         if not isinstance(content, dict):
             raise ValueError("it holds no dictionary of weights")
-        return {str(key): read_tensor(archive, root, value) for key, value in content.items() if isinstance(value, Stored)}
+        return {
+            str(key): read_tensor(archive, root, value)
+            for key, value in content.items()
+            if isinstance(value, Stored)
+        }
 
 
 def read_tensor(archive, root, stored: Stored) -> torch.Tensor:
@@ -118,7 +149,7 @@ def read_tensor(archive, root, stored: Stored) -> torch.Tensor:
     return flat.as_strided(stored.shape, stored.stride, stored.offset).clone()
 
 # %% ../nbs/04a_weights.ipynb #79a86945
-LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019") # how torch.save's container of before 2020 begins
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # how torch.save's container of before 2020 begins
 
 
 def plain_tensors(content) -> dict:
@@ -129,13 +160,15 @@ def plain_tensors(content) -> dict:
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
-def read_weights(path) -> tuple: # ({key: tensor}, {metadata})
+def read_weights(path) -> tuple:  # ({key: tensor}, {metadata})
     "Tensors and metadata of a weights file of either kind; UserError saying what it is instead."
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}; give the path of a .safetensors or .ckpt file") from error
+        raise UserError(
+            f"cannot read the checkpoint {path}: {error.strerror}; give the path of a .safetensors or .ckpt file"
+        ) from error
     if head.lstrip()[:1] == b"<":
         raise UserError(f"{path} is a web page, not a checkpoint; download the file itself")
     try:
@@ -147,8 +180,12 @@ def read_weights(path) -> tuple: # ({key: tensor}, {metadata})
             return plain_tensors(torch.load(path, "cpu", weights_only=True)), {}
     # whatever a damaged or hostile file makes the readers raise
     except Exception as error:
-        raise UserError(f"the checkpoint {path} is damaged or incomplete ({error}); copy or download it again") from error
-    raise UserError(f"{path} is not a checkpoint: neither a .safetensors file nor a torch.save archive; give a file of one of these kinds")
+        raise UserError(
+            f"the checkpoint {path} is damaged or incomplete ({error}); copy or download it again"
+        ) from error
+    raise UserError(
+        f"{path} is not a checkpoint: neither a .safetensors file nor a torch.save archive; give a file of one of these kinds"
+    )
 
 # %% ../nbs/04a_weights.ipynb #de9b25d0
 def check_entries(path, kind: str, state: dict, expected: dict):
@@ -156,10 +193,16 @@ def check_entries(path, kind: str, state: dict, expected: dict):
     missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing or unknown:
         what = f"lacks {len(missing)} entries" if missing else f"has {len(unknown)} entries too many"
-        raise UserError(f"{path} {what}, such as {(missing or unknown)[0]}; it is not a complete {kind} checkpoint")
+        raise UserError(
+            f"{path} {what}, such as {(missing or unknown)[0]}; it is not a complete {kind} checkpoint"
+        )
     for key, value in expected.items():
         if state[key].shape != value.shape:
-            raise UserError(f"{key} in {path} has shape {tuple(state[key].shape)} where {tuple(value.shape)} is needed; "
-                            "without a configuration in the file only the released sizes can be read")
+            raise UserError(
+                f"{key} in {path} has shape {tuple(state[key].shape)} where {tuple(value.shape)} is needed; "
+                "without a configuration in the file only the released sizes can be read"
+            )
         if not torch.isfinite(state[key]).all():
-            raise UserError(f"{key} in {path} holds values that are not finite; training diverged: use an earlier checkpoint")
+            raise UserError(
+                f"{key} in {path} holds values that are not finite; training diverged: use an earlier checkpoint"
+            )

@@ -1,4 +1,5 @@
 """Fixtures that more than one test file uses."""
+
 import os
 from pathlib import Path
 

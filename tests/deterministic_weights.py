@@ -2,6 +2,7 @@
 
 A stream is named; its numbers are splitmix64 of crc32(name) * 2**32 + index, in float64, cast to float32 last.
 """
+
 import zlib
 
 import numpy as np

@@ -1,4 +1,5 @@
 """The weights that the Grad-TTS reference outputs were made with; the hash is that of deterministic_weights."""
+
 import numpy as np
 import torch
 from deterministic_weights import spread

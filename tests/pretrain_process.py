@@ -1,4 +1,5 @@
 """A few pre-training steps in float64, in one process or several: python tests/pretrain_process.py SETTINGS.json"""
+
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,13 @@ def train(settings):
     run.optimisers = make_optimisers(run.model, config.optimiser, config.lr, config.matrix_lr)
     steps = Steps(config, run.items, run.model.hop)
     for step in range(config.steps):
-        train_step(run, {name: value.double() if value.is_floating_point() else value for name, value in steps[step].items()})
+        train_step(
+            run,
+            {
+                name: value.double() if value.is_floating_point() else value
+                for name, value in steps[step].items()
+            },
+        )
     save(run)
 
 

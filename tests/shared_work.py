@@ -1,4 +1,5 @@
 """What test_distributed runs in one process and, under torchrun, in two: gradients and updates of every method. python shared_work.py OUT"""
+
 import sys
 
 import torch
@@ -30,15 +31,35 @@ class Long(Reward):
 
 
 def reward():
-    return CombinedReward({"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z", warmup=8)
+    return CombinedReward(
+        {"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z", warmup=8
+    )
 
 
 def tuner_of(method, exact):
-    model = make_toy_mel(kind=torch.float64) if exact == "toy" else ConvPolicy() if exact else spoken(make_model(config=TINY))
-    options = dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6) if method in ("ddpo", "klinr") else dict(batch_size=6, micro_batch=4)
-    tuner = make_tuner(model, reward(), MORE, make_corpus(round(model.sample_rate / model.frame_rate)), method=method, denoising_steps=2, learning_rate=1e-3,
-                       **options)
-    with torch.no_grad(): # off the reference, so that the penalties have gradients
+    model = (
+        make_toy_mel(kind=torch.float64)
+        if exact == "toy"
+        else ConvPolicy()
+        if exact
+        else spoken(make_model(config=TINY))
+    )
+    options = (
+        dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6)
+        if method in ("ddpo", "klinr")
+        else dict(batch_size=6, micro_batch=4)
+    )
+    tuner = make_tuner(
+        model,
+        reward(),
+        MORE,
+        make_corpus(round(model.sample_rate / model.frame_rate)),
+        method=method,
+        denoising_steps=2,
+        learning_rate=1e-3,
+        **options,
+    )
+    with torch.no_grad():  # off the reference, so that the penalties have gradients
         for p in tuner.parameters:
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)).to(p)
     return tuner
@@ -47,7 +68,9 @@ def tuner_of(method, exact):
 def look(method, exact):
     tuner = tuner_of(method, exact)
     trajectories = collect(tuner, 0)
-    gradients = gradients_of(tuner, trajectories, make_advantages(tuner, score_audio(tuner, trajectories), 0))[0]
+    gradients = gradients_of(
+        tuner, trajectories, make_advantages(tuner, score_audio(tuner, trajectories), 0)
+    )[0]
     found = {f"gradient/{part}": gradients.part(part) for part in ("policy", "penalty")}
     tuner = tuner_of(method, exact)
     found["log"] = [{k: v for k, v in tuner.episode().items() if "seconds" not in k} for _ in range(3)]
@@ -60,7 +83,9 @@ def look(method, exact):
 if __name__ == "__main__":
     join("cpu")
     found = {(method, exact): look(method, exact) for method in OBJECTIVES.names() for exact in (True, False)}
-    found |= {(method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")} # a state that is not a waveform
+    found |= {
+        (method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")
+    }  # a state that is not a waveform
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
     if rank() == 0:

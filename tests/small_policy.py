@@ -1,4 +1,5 @@
 """Untrained policies of a few thousand numbers or of one, and the loop around them, for more than one test file."""
+
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,10 +15,30 @@ from dlpo_nb.text import text_to_ids
 from dlpo_nb.wavegrad2.model import AUDIO_MAX, WaveGrad2, WaveGrad2Config
 
 TEXTS = ["Go home.", "The door is open.", "Rain."]
-SMALL = WaveGrad2Config(encoder_channels=16, speaker_channels=4, predictor_channels=8, first_up=16, up=(16, 16, 8, 8, 8), first_down=4,
-                        down=(8, 8, 8, 16), preconditioned=True, data_std=0.18)
-TINY = WaveGrad2Config(encoder_channels=8, speaker_channels=4, predictor_channels=4, factors=(3, 2), first_up=8, up=(8, 4), up_dilations=((1, 2, 1, 2),) * 2,
-                       first_down=4, down=(8,), preconditioned=True, data_std=0.18)
+SMALL = WaveGrad2Config(
+    encoder_channels=16,
+    speaker_channels=4,
+    predictor_channels=8,
+    first_up=16,
+    up=(16, 16, 8, 8, 8),
+    first_down=4,
+    down=(8, 8, 8, 16),
+    preconditioned=True,
+    data_std=0.18,
+)
+TINY = WaveGrad2Config(
+    encoder_channels=8,
+    speaker_channels=4,
+    predictor_channels=4,
+    factors=(3, 2),
+    first_up=8,
+    up=(8, 4),
+    up_dilations=((1, 2, 1, 2),) * 2,
+    first_down=4,
+    down=(8,),
+    preconditioned=True,
+    data_std=0.18,
+)
 
 
 class Spoken(WaveGrad2):
@@ -40,7 +61,7 @@ def make_model(seed=0, config=SMALL):
     with torch.no_grad():
         model.resampling.duration_predictor.fc[0].weight.fill_(0)
         model.encoder.embedding.weight.mul_(0.5)
-        model.decoder.ublock_postconv.conv1d.weight.mul_(0.1) # as at the start of a training
+        model.decoder.ublock_postconv.conv1d.weight.mul_(0.1)  # as at the start of a training
     return model
 
 
@@ -56,7 +77,18 @@ def quiet(audio, lengths, rate, texts):
 
 
 def make_tuner(model=None, reward=quiet, texts=TEXTS, corpus=None, **options):
-    settings = dict(episodes=2, batch_size=4, group_size=2, fork=3, rollout_steps=6, train_steps="last:3", denoising_frames=8) | options
+    settings = (
+        dict(
+            episodes=2,
+            batch_size=4,
+            group_size=2,
+            fork=3,
+            rollout_steps=6,
+            train_steps="last:3",
+            denoising_frames=8,
+        )
+        | options
+    )
     settings.setdefault("micro_batch", settings["group_size"])
     if corpus is None and settings.get("method", "dlpo") in ("dlpo", "onlydl"):
         settings.setdefault("denoising_source", "sample")
@@ -70,8 +102,11 @@ def gradients_of(tuner, trajectories, advantages, e=0):
     def kept(kind, place):
         return lambda *arguments: place.append(kind(*arguments)) or place[-1]
 
-    with mock.patch("dlpo_nb.finetune.Gradients", kept(Gradients, gradients)), mock.patch("dlpo_nb.finetune.Log", kept(Log, logs)), \
-            mock.patch.object(tuner.optimiser, "step"):
+    with (
+        mock.patch("dlpo_nb.finetune.Gradients", kept(Gradients, gradients)),
+        mock.patch("dlpo_nb.finetune.Log", kept(Log, logs)),
+        mock.patch.object(tuner.optimiser, "step"),
+    ):
         tuner.update(trajectories, advantages, e)
     return gradients[0], logs[0].means()
 
@@ -85,8 +120,14 @@ def make_rollout(model, texts=TEXTS, **options):
 def make_corpus(hop, symbols=(3, 5, 4, 6) * 8, std=0.18, seed=1):
     """Recordings of white noise, a frame a symbol."""
     draw = torch.Generator().manual_seed(seed)
-    audio = [(std * torch.randn(n * hop, generator=draw)).clamp(-1, 1).mul(32767).round().short().numpy() for n in symbols]
-    return [SimpleNamespace(ids=list(range(1, n + 1)), frames=[1] * n, audio=a, samples=len(a)) for n, a in zip(symbols, audio)]
+    audio = [
+        (std * torch.randn(n * hop, generator=draw)).clamp(-1, 1).mul(32767).round().short().numpy()
+        for n in symbols
+    ]
+    return [
+        SimpleNamespace(ids=list(range(1, n + 1)), frames=[1] * n, audio=a, samples=len(a))
+        for n, a in zip(symbols, audio)
+    ]
 
 
 class OwnPolicy(Policy):
@@ -99,13 +140,17 @@ class OwnPolicy(Policy):
         self.width, self.frame_rate, self.longest = hop, 16000 / hop, longest
         self.encoder = nn.Embedding(151, 2, dtype=torch.float64)
 
-    def encode(self, texts): return [text_to_ids(text) for text in texts]
+    def encode(self, texts):
+        return [text_to_ids(text) for text in texts]
 
-    def render(self, x_0, conditioning): return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.width
+    def render(self, x_0, conditioning):
+        return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.width
 
-    def analyse(self, audio, conditioning): return audio
+    def analyse(self, audio, conditioning):
+        return audio
 
-    def denoising_error(self, eps, noise, level): return (eps - noise).abs()
+    def denoising_error(self, eps, noise, level):
+        return (eps - noise).abs()
 
     def condition(self, ids, lengths, durations=None):
         mask = ids > 0
@@ -124,7 +169,12 @@ class ConvPolicy(OwnPolicy):
         torch.manual_seed(seed)
         super().__init__(hop, longest)
         self.std = std
-        self.decoder = nn.ModuleList([nn.Conv1d(4, width, 3, padding=1, dtype=torch.float64), nn.Conv1d(width, 1, 3, padding=1, dtype=torch.float64)])
+        self.decoder = nn.ModuleList(
+            [
+                nn.Conv1d(4, width, 3, padding=1, dtype=torch.float64),
+                nn.Conv1d(width, 1, 3, padding=1, dtype=torch.float64),
+            ]
+        )
         with torch.no_grad():
             self.decoder[1].weight.mul_(0.05), self.decoder[1].bias.mul_(0)
 
@@ -133,7 +183,14 @@ class ConvPolicy(OwnPolicy):
         frames = torch.full((len(x),), hidden.shape[-1]) if frames is None else frames
         mask = (torch.arange(x.shape[1]) < frames[:, None] * self.width).double()[:, None]
         variance = (level * self.std).square() + 1 - level.square()
-        seen = torch.cat([(x / variance.sqrt())[:, None], hidden.repeat_interleave(self.width, 2), level[:, :, None].expand(-1, 1, x.shape[1])], 1)
+        seen = torch.cat(
+            [
+                (x / variance.sqrt())[:, None],
+                hidden.repeat_interleave(self.width, 2),
+                level[:, :, None].expand(-1, 1, x.shape[1]),
+            ],
+            1,
+        )
         inner = self.decoder[0](seen * mask).tanh() * mask
         more = level * self.std / variance.sqrt() * self.decoder[1](inner)[:, 0]
         return ((1 - level.square()).sqrt() / variance * x + more) * mask[:, 0]

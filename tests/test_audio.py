@@ -1,4 +1,5 @@
 """import_torchaudio in fresh processes, and files, rates and players at their edges."""
+
 import base64
 import math
 import os
@@ -13,14 +14,33 @@ import soundfile
 import torch
 
 from dlpo_nb.audio import (
-    SAMPLE_RATE, SoundWarning, beyond_full_scale, is_silent, log_mel, log_mel_distance, mp3_bytes, noise_floor_db, player_html, read_audio, resample,
-    rms_db, sound_faults, spectrogram_png, write_audio)
+    SAMPLE_RATE,
+    SoundWarning,
+    beyond_full_scale,
+    is_silent,
+    log_mel,
+    log_mel_distance,
+    mp3_bytes,
+    noise_floor_db,
+    player_html,
+    read_audio,
+    resample,
+    rms_db,
+    sound_faults,
+    spectrogram_png,
+    write_audio,
+)
 from dlpo_nb.core import UserError, asset
 
 
 def python(code, first_on_path=None):
     paths = [str(p) for p in (first_on_path, *sys.path) if p]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -33,7 +53,8 @@ def package(folder, **files):
 
 
 def test_resample_of_a_sine_beside_this_torch():
-    assert python("""
+    assert (
+        python("""
 import sys, torch
 from dlpo_nb.audio import import_torchaudio
 torchaudio = import_torchaudio()
@@ -48,22 +69,31 @@ t = torch.arange(22050) / 22050
 new = torchaudio.functional.resample(torch.sin(2 * torch.pi * 440 * t), 22050, 16000)
 true = torch.sin(2 * torch.pi * 440 * torch.arange(16000) / 16000)
 print(len(new), bool((new - true)[100:-100].abs().max() < 2e-3))
-""") == "16000 True"
+""")
+        == "16000 True"
+    )
 
 
 def test_transformers_audio_models_import_afterwards():
     pytest.importorskip("transformers")
-    assert python("""
+    assert (
+        python("""
 from dlpo_nb.audio import import_torchaudio
 import_torchaudio()
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 import numpy as np
 print(WhisperFeatureExtractor()(np.zeros(16000), sampling_rate=16000, return_tensors="np").input_features.shape)
-""") == "(1, 80, 3000)"
+""")
+        == "(1, 80, 3000)"
+    )
 
 
 def test_a_healthy_torchaudio_is_taken_as_it_is(tmp_path):
-    package(tmp_path, __init__="from . import functional\nhealthy = True", functional="def resample(x, a, b): return 'real'")
+    package(
+        tmp_path,
+        __init__="from . import functional\nhealthy = True",
+        functional="def resample(x, a, b): return 'real'",
+    )
     code = "from dlpo_nb.audio import *; a = import_torchaudio(); print(a.healthy, resample([1], 2, 1), a is import_torchaudio())"
     assert python(code, tmp_path) == "True real True"
 
@@ -71,20 +101,33 @@ def test_a_healthy_torchaudio_is_taken_as_it_is(tmp_path):
 @pytest.mark.parametrize("text", ["raise OSError('libc10_cuda.so')", "import a_module_that_is_not_there"])
 def test_a_torchaudio_beyond_help_is_a_clear_error_and_leaves_nothing(tmp_path, text):
     package(tmp_path, __init__=f"from . import functional\n{text}", functional="")
-    assert python("""
+    assert (
+        python(
+            """
 import sys
 from dlpo_nb.audio import import_torchaudio
 from dlpo_nb.core import UserError
 try: import_torchaudio()
 except UserError as error: print("pip install torchaudio" in str(error), [n for n in sys.modules if n.startswith("torchaudio")])
-""", tmp_path) == "True []"
+""",
+            tmp_path,
+        )
+        == "True []"
+    )
 
 
 def test_audio_imports_without_torchaudio_and_matplotlib():
-    assert python("import sys, dlpo_nb.audio; print([n for n in ('torchaudio', 'matplotlib', 'IPython') if n in sys.modules])") == "[]"
+    assert (
+        python(
+            "import sys, dlpo_nb.audio; print([n for n in ('torchaudio', 'matplotlib', 'IPython') if n in sys.modules])"
+        )
+        == "[]"
+    )
 
 
-@pytest.mark.parametrize("suffix, error", [("wav", 1 / 2**15), ("flac", 1 / 2**15), ("ogg", 0.05), ("mp3", 0.05)])
+@pytest.mark.parametrize(
+    "suffix, error", [("wav", 1 / 2**15), ("flac", 1 / 2**15), ("ogg", 0.05), ("mp3", 0.05)]
+)
 def test_files_come_back(tmp_path, suffix, error):
     tone = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(8820) / SAMPLE_RATE)
     write_audio(tmp_path / f"tone.{suffix}", tone)
@@ -118,7 +161,10 @@ def test_bad_files_are_user_errors(tmp_path):
 def test_resample_equals_torchaudio_on_a_batch():
     audio = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
     from dlpo_nb.audio import import_torchaudio
-    assert torch.equal(resample(audio, 22050, 16000), import_torchaudio().functional.resample(audio, 22050, 16000))
+
+    assert torch.equal(
+        resample(audio, 22050, 16000), import_torchaudio().functional.resample(audio, 22050, 16000)
+    )
     assert torch.equal(resample(audio, 22050, 22050), audio)
 
 
@@ -150,7 +196,11 @@ def test_player_holds_sound_and_picture():
 def hum(seconds=1.0, level=0.3, rate=SAMPLE_RATE):
     "A voiced sound (N,) with syllables."
     t = torch.arange(int(seconds * rate)) / rate
-    return (level * (0.6 + 0.4 * torch.sin(2 * torch.pi * 4 * t)) * torch.sin(2 * torch.pi * 150 * t + 2 * torch.sin(2 * torch.pi * 75 * t))).float()
+    return (
+        level
+        * (0.6 + 0.4 * torch.sin(2 * torch.pi * 4 * t))
+        * torch.sin(2 * torch.pi * 150 * t + 2 * torch.sin(2 * torch.pi * 75 * t))
+    ).float()
 
 
 def click(place, value=1.0, n=SAMPLE_RATE):
@@ -166,20 +216,27 @@ def click(place, value=1.0, n=SAMPLE_RATE):
     (hum(level=2.0), False, ["clipping"]), (torch.full((100,), math.nan), True, []), (torch.zeros(0), True, []),
 ])  # fmt: skip
 def test_faults_are_named_and_voices_have_none(sound, silent, kinds):
-    assert list(sound_faults(sound)) == kinds and is_silent(sound) == silent and beyond_full_scale(sound) is None
+    assert (
+        list(sound_faults(sound)) == kinds and is_silent(sound) == silent and beyond_full_scale(sound) is None
+    )
 
 
 @pytest.mark.parametrize("scale", [128, 32768, 2**23, 2**31])
 def test_integers_kept_as_floats_are_refused_with_file_and_value(tmp_path, scale):
     path = tmp_path / "mine.wav"
     soundfile.write(path, (hum(level=0.5) * scale).numpy(), SAMPLE_RATE, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"mine.wav: its samples reach [\d.e+]+, but those of float audio lie in \[-1, 1\]"):
+    with pytest.raises(
+        UserError, match=r"mine.wav: its samples reach [\d.e+]+, but those of float audio lie in \[-1, 1\]"
+    ):
         read_audio(path)
 
 
 def test_reading_warns_of_faults_with_file_and_value(tmp_path):
-    for name, sound, words in [("a", hum() + 0.1, "a.wav: it has a DC offset of 0.1"), ("b", torch.zeros(9000), "b.wav: it is digital silence"),
-                               ("c", 0.01 * hum() + click(5000), "c.wav: it has a single click of 1 at 0.23 s")]:
+    for name, sound, words in [
+        ("a", hum() + 0.1, "a.wav: it has a DC offset of 0.1"),
+        ("b", torch.zeros(9000), "b.wav: it is digital silence"),
+        ("c", 0.01 * hum() + click(5000), "c.wav: it has a single click of 1 at 0.23 s"),
+    ]:
         write_audio(tmp_path / f"{name}.wav", sound)
         with pytest.warns(SoundWarning, match=words):
             assert len(read_audio(tmp_path / f"{name}.wav")) == len(sound)
@@ -196,6 +253,9 @@ def test_the_reported_recordings_are_named(shared):
     folder = shared / "public_reports" / "audio"
     with pytest.raises(UserError, match="float_in_int16_range.wav: its samples reach 32766"):
         read_audio(folder / "float_in_int16_range.wav")
-    for name, words in [("click_then_quiet", "single click of 1 at 1.85 s, 46 dB above"), ("digital_silence", "digital silence")]:
+    for name, words in [
+        ("click_then_quiet", "single click of 1 at 1.85 s, 46 dB above"),
+        ("digital_silence", "digital silence"),
+    ]:
         with pytest.warns(SoundWarning, match=f"{name}.wav: .*{words}"):
             read_audio(folder / f"{name}.wav")

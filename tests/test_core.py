@@ -1,4 +1,5 @@
 """What 00_core does not show: other processes, unwritable places, numbers that JSON cannot hold."""
+
 import getpass
 import json
 import os
@@ -10,14 +11,34 @@ import pytest
 import torch
 
 from dlpo_nb.core import (
-    CACHES, Registry, RunDir, UserError, append_jsonl, asset, checkout, environment, fingerprint, in_force, keyed_generator, lock_folder, pick_device,
-    plain, provide_home, read_jsonl, record_changes, split_lines, unlock_folders)
+    CACHES,
+    Registry,
+    RunDir,
+    UserError,
+    append_jsonl,
+    asset,
+    checkout,
+    environment,
+    fingerprint,
+    in_force,
+    keyed_generator,
+    lock_folder,
+    pick_device,
+    plain,
+    provide_home,
+    read_jsonl,
+    record_changes,
+    split_lines,
+    unlock_folders,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
+    )
 
 
 def test_keyed_generator_is_the_same_in_another_process():
@@ -33,11 +54,14 @@ def test_keyed_generator_takes_integers_of_any_kind_and_nothing_else():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("body, code, stderr", [
-    ("raise UserError('no texts')", 2, "error: no texts\n"),
-    ("raise KeyboardInterrupt", 130, "interrupted\n"),
-    ("return 7", 0, ""),
-])
+@pytest.mark.parametrize(
+    "body, code, stderr",
+    [
+        ("raise UserError('no texts')", 2, "error: no texts\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("return 7", 0, ""),
+    ],
+)
 def test_run_main_exit_codes(body, code, stderr):
     done = python(f"from dlpo_nb.core import UserError, run_main\ndef main():\n    {body}\nrun_main(main)")
     assert (done.returncode, done.stderr) == (code, stderr)
@@ -104,7 +128,11 @@ def test_json_is_standard_even_for_nan(tmp_path):
     run = RunDir(tmp_path)
     run.append_metrics({"loss": float("nan"), "kl": torch.tensor(float("inf")), "x": [torch.ones(2)]})
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line, parse_constant=lambda c: pytest.fail(c)) == {"loss": None, "kl": None, "x": [[1.0, 1.0]]}
+    assert json.loads(line, parse_constant=lambda c: pytest.fail(c)) == {
+        "loss": None,
+        "kl": None,
+        "x": [[1.0, 1.0]],
+    }
 
 
 def test_plain_refuses_nothing_json_holds():
@@ -128,10 +156,20 @@ def test_environment_is_plain_and_names_no_machine():
 
 
 def test_lines_end_in_line_ends_and_nothing_else():
-    assert split_lines("a\u2028b\x0bc\x0cd\x1ce\x85f\r\ng\rh\n\ni") == ["a\u2028b\x0bc\x0cd\x1ce\x85f", "g", "h", "", "i"]
+    assert split_lines("a\u2028b\x0bc\x0cd\x1ce\x85f\r\ng\rh\n\ni") == [
+        "a\u2028b\x0bc\x0cd\x1ce\x85f",
+        "g",
+        "h",
+        "",
+        "i",
+    ]
     assert split_lines("") == [] and split_lines("\n") == [""]
-    readers = [line for path in (ROOT / "dlpo_nb").rglob("*.py") for line in path.read_text(encoding="utf-8").split("\n")
-               if "read_text" in line and "splitlines" in line]
+    readers = [
+        line
+        for path in (ROOT / "dlpo_nb").rglob("*.py")
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if "read_text" in line and "splitlines" in line
+    ]
     assert not readers, "str.splitlines cuts at U+2028 and others, which stand inside sentences"
 
 
@@ -159,8 +197,10 @@ def test_a_folder_is_one_processs_until_it_is_killed(tmp_path):
 
 def test_forked_children_have_no_part_in_a_lock(tmp_path):
     """They may outlive a process that was killed, as readers of a corpus do for some seconds."""
-    code = ("import os, sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1])\n"
-            "child = os.fork()\nif child: print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    code = (
+        "import os, sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1])\n"
+        "child = os.fork()\nif child: print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     parent.wait()
@@ -205,7 +245,10 @@ def test_a_user_without_name_and_home_gets_both(monkeypatch, tmp_path):
     provide_home()
     assert getpass.getuser() == f"user{os.getuid()}"
     for name in CACHES:
-        assert Path(os.environ[name]).is_dir() and Path(os.environ[name]).parent == tmp_path / f"dlpo_nb-{os.getuid()}"
+        assert (
+            Path(os.environ[name]).is_dir()
+            and Path(os.environ[name]).parent == tmp_path / f"dlpo_nb-{os.getuid()}"
+        )
     monkeypatch.setenv("NUMBA_CACHE_DIR", "mine")
     provide_home()
     assert os.environ["NUMBA_CACHE_DIR"] == "mine"
@@ -224,16 +267,34 @@ def test_a_folder_of_somebody_else_is_not_trusted(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     provide_home()
-    assert Path(os.environ["NUMBA_CACHE_DIR"]).parent.name.startswith("dlpo_nb-") and not list((tmp_path / f"dlpo_nb-{os.getuid()}").iterdir())
+    assert Path(os.environ["NUMBA_CACHE_DIR"]).parent.name.startswith("dlpo_nb-") and not list(
+        (tmp_path / f"dlpo_nb-{os.getuid()}").iterdir()
+    )
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user"
+)
 def test_another_user_without_home(tmp_path):
     """May write neither to the installation nor to a home, and has no entry among the users."""
     tmp_path.chmod(0o777)
     package = Path(checkout(".")).resolve()
-    bare = {"PATH": os.environ["PATH"], "HOME": "/", "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(package), *filter(None, sys.path)])}
-    run = lambda code: subprocess.run([sys.executable, "-c", code], user=54321, group=54321, extra_groups=[], cwd="/", env=bare, capture_output=True, text=True)
+    bare = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/",
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(package), *filter(None, sys.path)]),
+    }
+    run = lambda code: subprocess.run(
+        [sys.executable, "-c", code],
+        user=54321,
+        group=54321,
+        extra_groups=[],
+        cwd="/",
+        env=bare,
+        capture_output=True,
+        text=True,
+    )
     try:
         if run("import torch").returncode:
             pytest.skip("the environment that runs the tests is closed to other users")

@@ -1,4 +1,5 @@
 """The corpus: driving festival (and a stand-in for it that misbehaves), resuming, damaged files, batches."""
+
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ def fake_festival(tmp_path, monkeypatch):
         program.write_text(FAKE.format(python=sys.executable, voice=voice))
         program.chmod(program.stat().st_mode | stat.S_IEXEC)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
     return install
 
 
@@ -55,7 +57,9 @@ def write_texts(path, texts):
 
 
 needs_festival = pytest.mark.skipif(
-    shutil.which("festival") is None, reason="festival is not installed (Debian packages festival, festvox-us-slt-hts)")
+    shutil.which("festival") is None,
+    reason="festival is not installed (Debian packages festival, festvox-us-slt-hts)",
+)
 
 
 @needs_festival
@@ -70,11 +74,24 @@ def test_festival_speaks_as_it_did(data, tmp_path):
 
 @needs_festival
 def test_hostile_texts_are_spoken_or_reported(tmp_path):
-    texts = ['He said "no".', "a \\ b (quit) c", "(exit)", "?!", "Привет.", "1/2 of 3,000 at 7:45", "don't 'quote'", "#; ' `", "qwrtz"]
+    texts = [
+        'He said "no".',
+        "a \\ b (quit) c",
+        "(exit)",
+        "?!",
+        "Привет.",
+        "1/2 of 3,000 at 7:45",
+        "don't 'quote'",
+        "#; ' `",
+        "qwrtz",
+    ]
     config = CorpusConfig(write_texts(tmp_path / "t.txt", texts), tmp_path / "c", workers=1)
     count, failed = make_corpus(config, progress=False)
     spoken = [row["text"] for row in read_jsonl(tmp_path / "c" / "manifest.jsonl")]
-    reported = [line.split("\t")[1] for line in (tmp_path / "c" / "failures.txt").read_text(encoding="utf-8").splitlines()]
+    reported = [
+        line.split("\t")[1]
+        for line in (tmp_path / "c" / "failures.txt").read_text(encoding="utf-8").splitlines()
+    ]
     assert sorted(spoken + reported) == sorted(texts) and (count, failed) == (len(spoken), len(reported))
     assert {"?!", "Привет."} <= set(reported) and 'He said "no".' in spoken and "(exit)" in spoken
 
@@ -85,13 +102,24 @@ def test_crashes_hangs_and_silence_are_reported(fake_festival, tmp_path, monkeyp
     texts = ["one.", "a crash.", "two", "silent.", "unfinished.", "hang.", "three.", "crash"]
     config = CorpusConfig(write_texts(tmp_path / "t.txt", texts), tmp_path / "c")
     assert make_corpus(config, progress=False) == (3, 5)
-    failures = dict(line.split("\t")[1:] for line in (tmp_path / "c" / "failures.txt").read_text().splitlines())
-    assert failures == {"a crash.": "SIOD ERROR: crashed", "silent.": "festival said nothing", "crash": "SIOD ERROR: crashed",
-                        "unfinished.": "festival stopped in the middle of this text", "hang.": "festival did not answer"}
+    failures = dict(
+        line.split("\t")[1:] for line in (tmp_path / "c" / "failures.txt").read_text().splitlines()
+    )
+    assert failures == {
+        "a crash.": "SIOD ERROR: crashed",
+        "silent.": "festival said nothing",
+        "crash": "SIOD ERROR: crashed",
+        "unfinished.": "festival stopped in the middle of this text",
+        "hang.": "festival did not answer",
+    }
     corpus = load_corpus(tmp_path / "c")
     assert [item.text for item in corpus] == ["one.", "two", "three."]
     assert corpus[0].phones == ["HH", "AY1", "sp"] and corpus[0].frames == [15, 22, 4]  # after a full stop
-    assert corpus[1].phones == ["HH", "AY1"] and corpus[1].samples == 300 * 37 and np.abs(corpus[1].audio).max() > 32000
+    assert (
+        corpus[1].phones == ["HH", "AY1"]
+        and corpus[1].samples == 300 * 37
+        and np.abs(corpus[1].audio).max() > 32000
+    )
 
 
 def test_goes_on_where_it_stopped(fake_festival, tmp_path):
@@ -117,7 +145,9 @@ def test_manifest_does_not_depend_on_workers(fake_festival, tmp_path):
     manifests = []
     for workers in (1, 3):
         out = tmp_path / f"c{workers}"
-        make_corpus(CorpusConfig(write_texts(tmp_path / "t.txt", texts), out, workers=workers), progress=False)
+        make_corpus(
+            CorpusConfig(write_texts(tmp_path / "t.txt", texts), out, workers=workers), progress=False
+        )
         manifests.append((out / "manifest.jsonl").read_text())
     assert manifests[0] == manifests[1]
 
@@ -125,7 +155,10 @@ def test_manifest_does_not_depend_on_workers(fake_festival, tmp_path):
 def test_nothing_spoken_is_an_error(fake_festival, tmp_path):
     fake_festival()
     with pytest.raises(UserError, match="spoke none"):
-        make_corpus(CorpusConfig(write_texts(tmp_path / "t.txt", ["crash", "crash too"]), tmp_path / "c"), progress=False)
+        make_corpus(
+            CorpusConfig(write_texts(tmp_path / "t.txt", ["crash", "crash too"]), tmp_path / "c"),
+            progress=False,
+        )
 
 
 def test_missing_festival_says_what_to_install(tmp_path, monkeypatch, fake_festival):
@@ -141,11 +174,19 @@ def test_missing_festival_says_what_to_install(tmp_path, monkeypatch, fake_festi
 @pytest.mark.smoke
 def test_command_line(tmp_path):
     def run(*flags, **env):
-        return subprocess.run([sys.executable, "-m", "dlpo_nb.data", *flags], capture_output=True, text=True,
-                              env={**os.environ, **env}, cwd=Path(__file__).resolve().parents[1])
+        return subprocess.run(
+            [sys.executable, "-m", "dlpo_nb.data", *flags],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **env},
+            cwd=Path(__file__).resolve().parents[1],
+        )
+
     texts = write_texts(tmp_path / "t.txt", ["Hello."])
     missing = run("--texts", str(texts), "--out", str(tmp_path / "c"), PATH=str(tmp_path))
-    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
+    assert (
+        missing.returncode == 2 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
+    )
     assert run("--help").returncode == 0
 
 
@@ -157,7 +198,10 @@ def test_bad_settings(bad, fake_festival, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     config = {"texts": tmp_path / "t.txt", "out": tmp_path / "c", **bad}
     with pytest.raises(UserError):
-        make_corpus(CorpusConfig(**{**config, "texts": Path(config["texts"]), "out": Path(config["out"])}), progress=False)
+        make_corpus(
+            CorpusConfig(**{**config, "texts": Path(config["texts"]), "out": Path(config["out"])}),
+            progress=False,
+        )
 
 
 def test_fragments():
@@ -212,8 +256,15 @@ def test_damaged_corpora_are_refused(data, tmp_path):
     manifest = folder / "manifest.jsonl"
     lines = manifest.read_text().splitlines()
     row = json.loads(lines[0])
-    broken = [dict(row, samples=row["samples"] - 300), dict(row, frames=row["frames"][1:]), dict(row, phones=["XX"] * len(row["phones"])),
-              dict(row, frames=[-1] + row["frames"][1:]), {"id": "000000"}, [1], dict(row, frames="x")]
+    broken = [
+        dict(row, samples=row["samples"] - 300),
+        dict(row, frames=row["frames"][1:]),
+        dict(row, phones=["XX"] * len(row["phones"])),
+        dict(row, frames=[-1] + row["frames"][1:]),
+        {"id": "000000"},
+        [1],
+        dict(row, frames="x"),
+    ]
     for bad in broken:
         manifest.write_text("\n".join([json.dumps(bad), *lines[1:]]) + "\n")
         with pytest.raises(UserError):
@@ -237,10 +288,18 @@ def test_collate(data):
     batch = collate(corpus[1:4])
     for row, item in enumerate(corpus[1:4]):
         n = len(item.ids)
-        assert batch["ids"][row, :n].tolist() == item.ids and batch["durations"][row, :n].tolist() == item.frames
-        assert not batch["ids"][row, n:].any() and not batch["durations"][row, n:].any() and not batch["audio"][row, item.samples :].any()
+        assert (
+            batch["ids"][row, :n].tolist() == item.ids and batch["durations"][row, :n].tolist() == item.frames
+        )
+        assert (
+            not batch["ids"][row, n:].any()
+            and not batch["durations"][row, n:].any()
+            and not batch["audio"][row, item.samples :].any()
+        )
         assert batch["lengths"][row] == n and batch["frames"][row] * 300 == item.samples
-        torch.testing.assert_close(batch["audio"][row, : item.samples] * 32767, torch.from_numpy(item.audio).float())
+        torch.testing.assert_close(
+            batch["audio"][row, : item.samples] * 32767, torch.from_numpy(item.audio).float()
+        )
     assert batch["ids"].dtype == batch["durations"].dtype == torch.long and batch["audio"].abs().max() <= 1
 
 

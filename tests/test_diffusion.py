@@ -1,4 +1,5 @@
 """NoiseSchedule against numbers made by other programs (ddpo-pytorch, wavegrad2), and its edges."""
+
 import json
 import warnings
 from pathlib import Path
@@ -17,7 +18,13 @@ CASES = json.loads((Path(__file__).parent / "data" / "ddim_logprob_cases.json").
 def case_inputs(case, dtype):
     schedule = NoiseSchedule.from_alphas_cumprod([case["alpha_bar_t"]], final=case["alpha_bar_prev"])
     eps, x_t, x_prev = (torch.tensor(case[k], dtype=dtype) for k in ("eps", "x_t", "x_prev"))
-    return schedule, eps.requires_grad_(), x_t, x_prev, dict(clip=case["clip_sample"], eta=case["eta"], form="ddim")
+    return (
+        schedule,
+        eps.requires_grad_(),
+        x_t,
+        x_prev,
+        dict(clip=case["clip_sample"], eta=case["eta"], form="ddim"),
+    )
 
 
 def finite(case):
@@ -28,19 +35,34 @@ def test_the_file_holds_the_cases_it_should():
     assert len(CASES) == 84 and sum(map(finite, CASES)) == 68
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if finite(c)], ids=lambda c: f"{c['schedule'][:4]}-{c['num_inference_steps']}-{c['t']}")
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if finite(c)],
+    ids=lambda c: f"{c['schedule'][:4]}-{c['num_inference_steps']}-{c['t']}",
+)
 def test_log_prob_and_gradient_of_ddpo_pytorch(case):
     schedule, eps, x_t, x_prev, how = case_inputs(case, torch.float64)
     mean = schedule.transition_log_prob(eps, x_t, x_prev, 0, **how)
     total = schedule.transition_log_prob(eps, x_t, x_prev, 0, reduction="sum", **how)
     # an independent float64 restatement: only rounding may differ
-    assert torch.allclose(mean, torch.tensor(case["f64_log_prob_mean"], dtype=torch.float64), rtol=1e-8, atol=1e-8)
-    assert torch.allclose(total, torch.tensor(case["f64_log_prob_sum"], dtype=torch.float64), rtol=1e-8, atol=1e-8)
-    assert torch.allclose(schedule.mean(eps, x_t, 0, **how), torch.tensor(case["f64_mean"], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(
+        mean, torch.tensor(case["f64_log_prob_mean"], dtype=torch.float64), rtol=1e-8, atol=1e-8
+    )
+    assert torch.allclose(
+        total, torch.tensor(case["f64_log_prob_sum"], dtype=torch.float64), rtol=1e-8, atol=1e-8
+    )
+    assert torch.allclose(
+        schedule.mean(eps, x_t, 0, **how),
+        torch.tensor(case["f64_mean"], dtype=torch.float64),
+        rtol=1e-9,
+        atol=1e-9,
+    )
     assert schedule.sigma(0, case["eta"]).item() == pytest.approx(case["f64_std"], rel=1e-6)
     # their own float32 run: the worst case of theirs is 5e-5 off
-    assert torch.allclose(mean, torch.tensor(case["ddpo_log_prob_mean"], dtype=torch.float64), rtol=1e-4, atol=1e-5)
-    gradient, = torch.autograd.grad(mean.sum(), eps)
+    assert torch.allclose(
+        mean, torch.tensor(case["ddpo_log_prob_mean"], dtype=torch.float64), rtol=1e-4, atol=1e-5
+    )
+    (gradient,) = torch.autograd.grad(mean.sum(), eps)
     theirs = torch.tensor(case["ddpo_dlogprob_deps"], dtype=torch.float64)
     assert (gradient - theirs).abs().max() <= 1e-3 * theirs.abs().max() + 1e-7
 
@@ -72,18 +94,30 @@ def test_float32_tables_are_the_released_models_up_to_rounding(data, name):
     reference, schedule = np.load(data / "schedule_reference.npz"), SCHEDULES[name]
     # 4 ulp: linspace with or without a fused multiply-add, and a vectorised square root, differ by one
     ulps = 4 * np.finfo(np.float32).eps
-    tables = dict(betas=schedule.betas, alphas=schedule.alphas, alphas_cumprod=schedule.alphas_cumprod,
-                  alphas_cumprod_prev=schedule.alphas_cumprod_prev, sqrt_alphas_cumprod=schedule.levels)
+    tables = dict(
+        betas=schedule.betas,
+        alphas=schedule.alphas,
+        alphas_cumprod=schedule.alphas_cumprod,
+        alphas_cumprod_prev=schedule.alphas_cumprod_prev,
+        sqrt_alphas_cumprod=schedule.levels,
+    )
     for key, table in tables.items():
         np.testing.assert_allclose(table, reference[f"sched_{name}_{key}"], rtol=ulps, err_msg=key)
     # 1 - alpha_bar magnifies an ulp of alpha_bar; what float32 itself costs them, 1.3 % at step 0, is a thousand times as much
-    for key, table in dict(posterior_mean_coef1=schedule.posterior_mean_coef1, posterior_mean_coef2=schedule.posterior_mean_coef2).items():
+    for key, table in dict(
+        posterior_mean_coef1=schedule.posterior_mean_coef1, posterior_mean_coef2=schedule.posterior_mean_coef2
+    ).items():
         np.testing.assert_allclose(table, reference[f"sched_{name}_{key}"], rtol=1e-5, err_msg=key)
     steps = torch.arange(schedule.num_steps)
     level = schedule.level(steps)[:, 0]
     np.testing.assert_allclose(level, reference[f"sched_{name}_sqrt_alphas_cumprod_prev"][1:], rtol=ulps)
     log_variance = schedule.posterior(torch.zeros(1, 1), torch.zeros(1, 1), steps)[1][:, 0]
-    np.testing.assert_allclose(log_variance, reference[f"sched_{name}_posterior_log_variance_clipped"], atol=1e-5, err_msg="a logarithm: absolute")
+    np.testing.assert_allclose(
+        log_variance,
+        reference[f"sched_{name}_posterior_log_variance_clipped"],
+        atol=1e-5,
+        err_msg="a logarithm: absolute",
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -93,7 +127,9 @@ def test_float64_tables_differ_from_them_only_by_rounding(data, name):
     assert exact.betas.dtype == torch.float64
     np.testing.assert_allclose(exact.levels, reference[f"sched_{name}_sqrt_alphas_cumprod"], rtol=3e-6)
     # from step 1 on 1 - alpha_bar loses up to 1.5 % in float32, at step 0 1.3 %
-    np.testing.assert_allclose(exact.posterior_mean_coef1, reference[f"sched_{name}_posterior_mean_coef1"], rtol=0.04)
+    np.testing.assert_allclose(
+        exact.posterior_mean_coef1, reference[f"sched_{name}_posterior_mean_coef1"], rtol=0.04
+    )
     assert exact.posterior_mean_coef1[0].item() == pytest.approx(1, abs=1e-9)
 
 
@@ -101,9 +137,16 @@ def test_algebra_of_the_released_model(data):
     reference, schedule = np.load(data / "schedule_reference.npz"), SCHEDULES["train1000"]
     y, eps, y0 = (torch.from_numpy(reference[f"input_{k}"]) for k in ("y", "eps", "y0"))
     for i, t in enumerate(reference["alg_t"].tolist()):
-        assert torch.allclose(schedule.predict_x0(y, eps, t), torch.from_numpy(reference["alg_predict_start"][i]), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(
+            schedule.predict_x0(y, eps, t),
+            torch.from_numpy(reference["alg_predict_start"][i]),
+            rtol=1e-5,
+            atol=1e-5,
+        )
         mean, log_variance = schedule.posterior(y0, y, t)
-        assert torch.allclose(mean, torch.from_numpy(reference["alg_posterior_mean"][i]), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            mean, torch.from_numpy(reference["alg_posterior_mean"][i]), rtol=1e-6, atol=1e-6
+        )
         assert log_variance.item() == pytest.approx(float(reference["alg_posterior_logvar"][i]), rel=1e-6)
     mixed = schedule.predict_x0(y, eps, torch.from_numpy(reference["alg_t"][:2]))
     assert torch.allclose(mixed, torch.from_numpy(reference["alg_predict_start_vec_t"]), rtol=1e-5, atol=1e-5)
@@ -119,10 +162,14 @@ def test_mixed_steps_are_each_step_alone(shape):
     eps, ref, x_t, x_prev = tensors(*shape)
     t = torch.tensor([1, 500, 999])
     calls = dict(
-        mean=lambda i, t: FULL.mean(eps[i], x_t[i], t), ddim=lambda i, t: FULL.mean(eps[i], x_t[i], t, eta=0.5, form="ddim"),
-        step=lambda i, t: FULL.step(eps[i], x_t[i], t, x_prev[i]), x0=lambda i, t: FULL.predict_x0(x_t[i], eps[i], t),
-        posterior=lambda i, t: FULL.posterior(eps[i], x_t[i], t)[0], kl=lambda i, t: FULL.kl(eps[i], ref[i], x_t[i], t),
-        log_prob=lambda i, t: FULL.transition_log_prob(eps[i], x_t[i], x_prev[i], t))
+        mean=lambda i, t: FULL.mean(eps[i], x_t[i], t),
+        ddim=lambda i, t: FULL.mean(eps[i], x_t[i], t, eta=0.5, form="ddim"),
+        step=lambda i, t: FULL.step(eps[i], x_t[i], t, x_prev[i]),
+        x0=lambda i, t: FULL.predict_x0(x_t[i], eps[i], t),
+        posterior=lambda i, t: FULL.posterior(eps[i], x_t[i], t)[0],
+        kl=lambda i, t: FULL.kl(eps[i], ref[i], x_t[i], t),
+        log_prob=lambda i, t: FULL.transition_log_prob(eps[i], x_t[i], x_prev[i], t),
+    )
     for name, call in calls.items():
         alone = torch.cat([call(slice(i, i + 1), int(s)) for i, s in enumerate(t)])
         assert torch.allclose(call(slice(None), t), alone, rtol=1e-12, atol=1e-12), name
@@ -143,7 +190,10 @@ def test_padding_counts_for_nothing_and_sum_is_length_times_mean():
     eps, ref, x_t, x_prev = tensors(2, 40)
     mask = torch.arange(40) < torch.tensor([[40], [25]])
     t, lengths = torch.tensor([30, 800]), torch.tensor([40, 25])
-    for call in (lambda m, r: FULL.transition_log_prob(eps, x_t, x_prev, t, m, r), lambda m, r: FULL.kl(eps, ref, x_t, t, m, r)):
+    for call in (
+        lambda m, r: FULL.transition_log_prob(eps, x_t, x_prev, t, m, r),
+        lambda m, r: FULL.kl(eps, ref, x_t, t, m, r),
+    ):
         before = call(mask, "sum")
         assert torch.allclose(before, lengths * call(mask, "mean"), rtol=1e-14)
         for junk in (1e30, float("nan")):
@@ -175,12 +225,20 @@ def test_precision_under_bfloat16_autocast(reduction):
 def test_kl_is_kappa_times_the_squared_difference_and_torchs_own():
     eps, ref, x_t, _ = (x.double() for x in tensors(4, 64))
     t = torch.tensor([1, 10, 300, 999])
-    for schedule, steps in ((FULL, t), (FULL.respaced(10), torch.tensor([1, 2, 5, 9])), (FULL.respaced(10, "geometric"), torch.tensor([1, 2, 5, 9]))):
+    for schedule, steps in (
+        (FULL, t),
+        (FULL.respaced(10), torch.tensor([1, 2, 5, 9])),
+        (FULL.respaced(10, "geometric"), torch.tensor([1, 2, 5, 9])),
+    ):
         ours = schedule.kl(eps, ref, x_t, steps, reduction="sum", clip=False)
-        assert torch.allclose(ours, (schedule.kl_weight(steps) * (eps - ref)**2).sum(1), rtol=1e-6)
+        assert torch.allclose(ours, (schedule.kl_weight(steps) * (eps - ref) ** 2).sum(1), rtol=1e-6)
         sigma = entry(schedule.posterior_variance.sqrt(), steps)
         one, two = (torch.distributions.Normal(schedule.mean(e, x_t, steps), sigma) for e in (eps, ref))
-        assert torch.allclose(schedule.kl(eps, ref, x_t, steps, reduction="sum"), torch.distributions.kl_divergence(one, two).sum(1), rtol=1e-9)
+        assert torch.allclose(
+            schedule.kl(eps, ref, x_t, steps, reduction="sum"),
+            torch.distributions.kl_divergence(one, two).sum(1),
+            rtol=1e-9,
+        )
     assert FULL.kl_weight(0) == float("inf")
 
 
@@ -192,7 +250,11 @@ def test_clipping_stops_the_gradient():
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "even"])
-@pytest.mark.parametrize("schedule", [FULL, SCHEDULES["train1000"], NoiseSchedule.inference8()], ids=["float64", "float32", "eight"])
+@pytest.mark.parametrize(
+    "schedule",
+    [FULL, SCHEDULES["train1000"], NoiseSchedule.inference8()],
+    ids=["float64", "float32", "eight"],
+)
 def test_visiting_all_levels_changes_no_bit(schedule, spacing):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -215,7 +277,9 @@ def test_respaced_ends_where_the_schedule_ends(n, spacing):
 def test_geometric_has_one_kappa():
     new = FULL.respaced(10, "geometric", lo=1e-3)
     ratios = 1 / new.alphas_cumprod - 1
-    assert ratios[0].item() == pytest.approx(1e-3) and ratios[-1].item() == pytest.approx((1 / FULL.alphas_cumprod[-1] - 1).item())
+    assert ratios[0].item() == pytest.approx(1e-3) and ratios[-1].item() == pytest.approx(
+        (1 / FULL.alphas_cumprod[-1] - 1).item()
+    )
     r = (ratios[-1] / ratios[0]) ** (1 / 9)
     assert torch.allclose(new.kl_weight(torch.arange(1, 10)).double(), (r - 1) / 2, rtol=1e-6)
 
@@ -246,12 +310,21 @@ def test_even_spacing_warns_and_the_others_do_not():
         FULL.respaced(50, "even")
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda: FULL.respaced(0), lambda: FULL.respaced(1001), lambda: FULL.respaced(10, "leading"),
-    lambda: FULL.respaced(10, "geometric", lo=0), lambda: FULL.respaced(10, "geometric", lo=1e6),
-    lambda: NoiseSchedule.from_betas([0.1, 1.5]), lambda: NoiseSchedule.from_betas([-0.1]), lambda: NoiseSchedule.from_betas([]),
-    lambda: NoiseSchedule.from_alphas_cumprod([0.5, 0.9]), lambda: NoiseSchedule.from_betas([float("nan")]),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: FULL.respaced(0),
+        lambda: FULL.respaced(1001),
+        lambda: FULL.respaced(10, "leading"),
+        lambda: FULL.respaced(10, "geometric", lo=0),
+        lambda: FULL.respaced(10, "geometric", lo=1e6),
+        lambda: NoiseSchedule.from_betas([0.1, 1.5]),
+        lambda: NoiseSchedule.from_betas([-0.1]),
+        lambda: NoiseSchedule.from_betas([]),
+        lambda: NoiseSchedule.from_alphas_cumprod([0.5, 0.9]),
+        lambda: NoiseSchedule.from_betas([float("nan")]),
+    ],
+)
 def test_impossible_schedules_are_user_errors(wrong):
     with pytest.raises(UserError):
         wrong()
@@ -271,8 +344,16 @@ def test_wrong_steps_and_forms():
 def test_on_a_gpu_as_on_a_cpu():
     eps, ref, x_t, x_prev = tensors(3, 200)
     t = torch.tensor([1, 500, 999])
-    here = FULL.transition_log_prob(eps, x_t, x_prev, t), FULL.kl(eps, ref, x_t, t), FULL.step(eps, x_t, t, ref)
+    here = (
+        FULL.transition_log_prob(eps, x_t, x_prev, t),
+        FULL.kl(eps, ref, x_t, t),
+        FULL.step(eps, x_t, t, ref),
+    )
     eps, ref, x_t, x_prev = (v.cuda() for v in (eps, ref, x_t, x_prev))
     for steps in (t, t.cuda()):
-        there = FULL.transition_log_prob(eps, x_t, x_prev, steps), FULL.kl(eps, ref, x_t, steps), FULL.step(eps, x_t, steps, ref)
+        there = (
+            FULL.transition_log_prob(eps, x_t, x_prev, steps),
+            FULL.kl(eps, ref, x_t, steps),
+            FULL.step(eps, x_t, steps, ref),
+        )
         assert all(torch.allclose(b.cpu(), a, rtol=1e-5, atol=1e-6) for a, b in zip(here, there))

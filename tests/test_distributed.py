@@ -1,4 +1,5 @@
 """Two processes are one: the same gradients, updates and log, for every method; and a run that loses a process goes on."""
+
 import contextlib
 import json
 import os
@@ -17,16 +18,28 @@ from dlpo_nb.core import UserError
 from dlpo_nb.objectives import OBJECTIVES
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ["--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node", "2", "--device", "cpu"]
+FLAGS = [
+    "--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node",
+    "2", "--device", "cpu",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What shared_work finds in one process and in two."""
     folder, found = tmp_path_factory.mktemp("ranks"), []
-    for name, how in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+    for name, how in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *how, HERE / "shared_work.py", folder / name], capture_output=True, text=True, timeout=600, env=environment)
+        done = subprocess.run(
+            [sys.executable, *how, HERE / "shared_work.py", folder / name],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr
         found.append(torch.load(folder / name, weights_only=True))
     return found
@@ -67,13 +80,21 @@ def test_the_log_is_that_of_the_whole_batch(method, both):
     for a, b in zip(one["log"], two["log"], strict=True):
         assert list(a) == list(b) and a == pytest.approx(b, rel=1e-6, abs=1e-9)
     assert one["heldout of one"] == pytest.approx(two["heldout of one"], rel=1e-6)
-    assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-6) and set(one["heldout"]) == {"reward/heldout", "reward/heldout/loud", "reward/heldout/long"}
-
-
+    assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-6) and set(one["heldout"]) == {
+        "reward/heldout",
+        "reward/heldout/loud",
+        "reward/heldout/long",
+    }
 
 
 def launch(*flags, **options):
-    return subprocess.Popen([sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def workers(parent):
@@ -94,7 +115,9 @@ def test_a_lost_process_is_started_again(tmp_path):
     _, said = job.communicate(timeout=300)
     assert job.returncode == 0, said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+    assert [row["episode"] for row in rows] == [0, 1, 2] and (
+        out / "checkpoints" / "tuned.safetensors"
+    ).exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes with ps")
@@ -104,7 +127,21 @@ def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--episodes", 3, "--out", out, "--max-restarts", 1, *FLAGS, "--nproc-per-node", 1, "--nnodes", 2, "--rdzv-endpoint", f"localhost:{port}"]
+    flags = [
+        "--episodes",
+        3,
+        "--out",
+        out,
+        "--max-restarts",
+        1,
+        *FLAGS,
+        "--nproc-per-node",
+        1,
+        "--nnodes",
+        2,
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+    ]
     jobs = [launch(*flags, start_new_session=True) for _ in range(2)]
     try:
         deadline = time.monotonic() + 200
@@ -119,11 +156,15 @@ def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
                 os.killpg(job.pid, signal.SIGKILL)
     assert [job.returncode for job in jobs] == [0, 0], said
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["episode"] for row in rows] == [0, 1, 2] and (out / "checkpoints" / "tuned.safetensors").exists()
+    assert [row["episode"] for row in rows] == [0, 1, 2] and (
+        out / "checkpoints" / "tuned.safetensors"
+    ).exists()
 
 
 def test_what_cannot_go_on_is_not_tried_again(tmp_path):
-    job = launch("--episodes", 2, "--learning-rate", 1e30, "--out", tmp_path / "run", "--max-restarts", 3, *FLAGS)
+    job = launch(
+        "--episodes", 2, "--learning-rate", 1e30, "--out", tmp_path / "run", "--max-restarts", 3, *FLAGS
+    )
     _, said = job.communicate(timeout=300)
     assert job.returncode == 2 and said.count("error:") == 1, said
 
@@ -138,27 +179,68 @@ def test_fewer_gpus_than_processes(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for threads in /proc")
-@pytest.mark.parametrize("flags", [
-    ["dlpo_nb.launch", "--episodes", "1", *FLAGS],
-    ["dlpo_nb.pretrain", "--corpus", HERE / "data" / "corpus_tiny", "--steps", "1", "--batch-size", "2", "--window-frames", "16", "--sample-every", "0",
-     "--device", "cpu"]], ids=["launch", "pretrain"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["dlpo_nb.launch", "--episodes", "1", *FLAGS],
+        [
+            "dlpo_nb.pretrain",
+            "--corpus",
+            HERE / "data" / "corpus_tiny",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+            "--window-frames",
+            "16",
+            "--sample-every",
+            "0",
+            "--device",
+            "cpu",
+        ],
+    ],
+    ids=["launch", "pretrain"],
+)
 def test_no_thread_of_gloo_is_left_behind(flags, tmp_path):
     """One that is still letting go of a tensor when the interpreter ends aborts the process (pytorch/pytorch#190489)."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "leaving.py", *flags,
-                           "--out", tmp_path / "run"], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            HERE / "leaving.py",
+            *flags,
+            "--out",
+            tmp_path / "run",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_one_sentence_from_many_processes(tmp_path):
-    job = launch("--episodes", 1, "--base-checkpoint", tmp_path / "none.safetensors", "--out", tmp_path / "run", *FLAGS)
+    job = launch(
+        "--episodes", 1, "--base-checkpoint", tmp_path / "none.safetensors", "--out", tmp_path / "run", *FLAGS
+    )
     _, said = job.communicate(timeout=200)
     assert job.returncode == 2 and said.count("none.safetensors") == 1 and "Traceback" not in said, said
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("flags, words", [
-    (["--nproc-per-node", "8"], ["4 texts for 8 processes"]), (["--nnodes", "2"], ["--rdzv-endpoint", "--out"]), (["--nproc-per-node", "0"], ["at least 1"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--nproc-per-node", "8"], ["4 texts for 8 processes"]),
+        (["--nnodes", "2"], ["--rdzv-endpoint", "--out"]),
+        (["--nproc-per-node", "0"], ["at least 1"]),
+    ],
+)
 def test_processes_that_make_no_sense(flags, words):
     job = launch(*flags)
     _, said = job.communicate(timeout=200)
@@ -172,4 +254,9 @@ def test_an_existing_run_is_refused_once_and_left_alone(tmp_path):
     before = (out / "metrics.jsonl").read_text()
     job = launch("--episodes", 2, "--seed", 7, "--out", out, "--max-restarts", 1, *FLAGS)
     _, said = job.communicate(timeout=300)
-    assert job.returncode == 2 and said.count("already holds a run") == 1 and "Traceback" not in said and (out / "metrics.jsonl").read_text() == before
+    assert (
+        job.returncode == 2
+        and said.count("already holds a run") == 1
+        and "Traceback" not in said
+        and (out / "metrics.jsonl").read_text() == before
+    )

@@ -1,4 +1,5 @@
 """What the evaluation must keep to beyond its notebook: invariance, odd inputs, and the formats on disk."""
+
 import contextlib
 import csv
 import io
@@ -21,8 +22,24 @@ from dlpo_nb.rewards.base import Failure
 from dlpo_nb.core import UserError, asset
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import evaluate as compare_all
-from dlpo_nb.evaluate import (EvaluateConfig, ScoreBook, ask, bootstrap_interval, compare, format_table, main, measure, ordered, read_rows, role, speak,
-                              speaker_log_mels, synthesise_all, verdict, write_rows)
+from dlpo_nb.evaluate import (
+    EvaluateConfig,
+    ScoreCache,
+    ask,
+    bootstrap_interval,
+    compare,
+    format_table,
+    main,
+    measure,
+    ordered,
+    read_rows,
+    role,
+    speak,
+    speaker_log_mels,
+    synthesise_all,
+    verdict,
+    write_rows,
+)
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
@@ -36,6 +53,7 @@ TEXTS = ["Good morning.", "The kettle is on.", "Six grey geese crossed the wide 
 
 class Toy(torch.nn.Module):
     "A policy that is exact a sample at a time, so that batching must not change a bit; `slow` frames a symbol."
+
     width = 300
 
     def __init__(self, slow=2, gain=0.5):
@@ -65,8 +83,13 @@ def schedule():
 def test_batching_changes_nothing(schedule):
     whole = synthesise_all(Toy(), TEXTS, schedule, seed=3)
     for batch_size in (1, 2, 3):
-        assert all(map(torch.equal, whole, synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=batch_size)))
-    assert all(x.min() >= -1 and x.max() <= 1 - 2**-10 and x.dtype == torch.float32 and not x.requires_grad for x in whole)
+        assert all(
+            map(torch.equal, whole, synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=batch_size))
+        )
+    assert all(
+        x.min() >= -1 and x.max() <= 1 - 2**-10 and x.dtype == torch.float32 and not x.requires_grad
+        for x in whole
+    )
 
 
 def test_models_share_their_noise(schedule):
@@ -112,11 +135,30 @@ def test_reference_of_another_length():
 
 
 def rows(scores, **more):
-    return [dict(text=f"text {i}", seconds=1.0, rms_db=-20.0, noise_floor_db=-60.0, clipped_share=0.0, dnsmos=s, **more) for i, s in enumerate(scores)]
+    return [
+        dict(
+            text=f"text {i}",
+            seconds=1.0,
+            rms_db=-20.0,
+            noise_floor_db=-60.0,
+            clipped_share=0.0,
+            dnsmos=s,
+            **more,
+        )
+        for i, s in enumerate(scores)
+    ]
 
 
 def summary(base, tuned, reward="dnsmos", control="none"):
-    return dict(evaluation=compare(base, tuned), method="dlpo", reward=reward, control=control, seed=0, episodes=24, minutes=1.0)
+    return dict(
+        evaluation=compare(base, tuned),
+        method="dlpo",
+        reward=reward,
+        control=control,
+        seed=0,
+        episodes=24,
+        minutes=1.0,
+    )
 
 
 def test_intervals():
@@ -164,8 +206,18 @@ def test_table():
     assert max(map(len, table.splitlines())) <= 100 and "2 held-out texts" in table
     assert "nisqa (not the reward)" in table and "shuffle-advantages" in table
     assert "drift" not in format_table(summary(base, base, reward=mixed, control="shuffle-advantages"))
-    assert [role(name, mixed) for name in (mixed, "dnsmos", "nisqa", "mos")] == ["the reward", "part of the reward", "not the reward", "not the reward"]
-    assert ordered({"seconds": 0, "nisqa": 0, "dnsmos": 0, mixed: 0}, mixed) == [mixed, "dnsmos", "nisqa", "seconds"]
+    assert [role(name, mixed) for name in (mixed, "dnsmos", "nisqa", "mos")] == [
+        "the reward",
+        "part of the reward",
+        "not the reward",
+        "not the reward",
+    ]
+    assert ordered({"seconds": 0, "nisqa": 0, "dnsmos": 0, mixed: 0}, mixed) == [
+        mixed,
+        "dnsmos",
+        "nisqa",
+        "seconds",
+    ]
 
 
 def test_rows_on_disk(tmp_path):
@@ -186,11 +238,17 @@ def test_rows_on_disk(tmp_path):
 def test_the_speakers_own_reading():
     texts = prompts("heldout")[:64]
     mels = speaker_log_mels(texts[::-1])
-    assert len(mels) == 64 and all(mel.shape[0] == 80 and mel.dtype == torch.float32 and -6 <= mel.min() < mel.max() < 3 for mel in mels)
-    assert torch.equal(mels[0], speaker_log_mels(texts)[-1]) and speaker_log_mels(texts + ["Something else."]) is None
+    assert len(mels) == 64 and all(
+        mel.shape[0] == 80 and mel.dtype == torch.float32 and -6 <= mel.min() < mel.max() < 3 for mel in mels
+    )
+    assert (
+        torch.equal(mels[0], speaker_log_mels(texts)[-1])
+        and speaker_log_mels(texts + ["Something else."]) is None
+    )
 
 
 # `python -m dlpo_nb.evaluate`
+
 
 def evaluate(*flags, cwd=ROOT):
     command = [sys.executable, "-m", "dlpo_nb.evaluate", *map(str, flags)]
@@ -212,7 +270,9 @@ def run(tmp_path_factory):
         for weight in model.decoder.parameters():
             weight *= 1.01
     model.save(folder / "checkpoints" / "tuned.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(base_checkpoint="tiny_base", rollout_steps=4, spacing="geometric")))
+    (folder / "config.json").write_text(
+        json.dumps(dict(base_checkpoint="tiny_base", rollout_steps=4, spacing="geometric"))
+    )
     return folder
 
 
@@ -242,7 +302,20 @@ def texts_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(run, theirs, texts_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    command = (run, theirs, "--texts", texts_file, "--metrics", "dnsmos,mosquito,nisqa", "--nisqa-weights", "nowhere.tar", "--threads", 1, "--out", out)
+    command = (
+        run,
+        theirs,
+        "--texts",
+        texts_file,
+        "--metrics",
+        "dnsmos,mosquito,nisqa",
+        "--nisqa-weights",
+        "nowhere.tar",
+        "--threads",
+        1,
+        "--out",
+        out,
+    )
     done = evaluate(*command)
     assert done.returncode == 0, done.stderr
     return command, out, done
@@ -250,15 +323,36 @@ def evaluated(run, theirs, texts_file, tmp_path_factory):
 
 def test_command_writes_what_it_says(evaluated):
     _, out, done = evaluated
-    assert {p.name for p in out.iterdir()} == {"audio", "scores.jsonl", "evaluation.csv", "evaluation.json", "table.txt", "bars.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "audio",
+        "scores.jsonl",
+        "evaluation.csv",
+        "evaluation.json",
+        "table.txt",
+        "bars.png",
+    }
     result = json.loads((out / "evaluation.json").read_text())
-    assert list(result["systems"]) == ["base", "moved", "theirs"] and result["reference"] == "base" and result["texts"] == 8
+    assert (
+        list(result["systems"]) == ["base", "moved", "theirs"]
+        and result["reference"] == "base"
+        and result["texts"] == 8
+    )
     against = result["measures"]["dnsmos"]["systems"]["moved"]["against"]
-    assert against["n"] == 8 and 0 <= against["t"] <= against["holm"] <= 1 and against["low"] <= against["difference"] <= against["high"]
+    assert (
+        against["n"] == 8
+        and 0 <= against["t"] <= against["holm"] <= 1
+        and against["low"] <= against["difference"] <= against["high"]
+    )
     assert {"dnsmos", "dnsmos_normalised", "seconds", "rms_db"} <= set(result["measures"])
-    assert result["measures"]["rms_db"]["better"] == "" and result["settings"]["seed"] == 0 and "torch" in result["environment"]
+    assert (
+        result["measures"]["rms_db"]["better"] == ""
+        and result["settings"]["seed"] == 0
+        and "torch" in result["environment"]
+    )
     rows = read_rows(out / "evaluation.csv")
-    assert [len(own) for own in rows.values()] == [8, 8, 8] and {"text", "dnsmos", "seconds"} <= set(rows["base"][7])
+    assert [len(own) for own in rows.values()] == [8, 8, 8] and {"text", "dnsmos", "seconds"} <= set(
+        rows["base"][7]
+    )
     assert set(rows["theirs"][1]) == {"text"}, "what cannot be judged has no numbers"
     assert "4 geometric steps" in done.stdout and "Holm" in done.stdout and "Traceback" not in done.stderr
 
@@ -266,17 +360,34 @@ def test_command_writes_what_it_says(evaluated):
 def test_every_wrong_recording_is_named_once_and_the_others_are_judged(evaluated):
     _, out, done = evaluated
     failures = json.loads((out / "evaluation.json").read_text())["failures"]
-    for index, word in {1: "damaged", 3: "8000 samples a second", 4: "40.0 minutes", 5: "no audio", 6: "nan or inf", 7: "no recording of this text"}.items():
+    for index, word in {
+        1: "damaged",
+        3: "8000 samples a second",
+        4: "40.0 minutes",
+        5: "no audio",
+        6: "nan or inf",
+        7: "no recording of this text",
+    }.items():
         found = [f for f in failures if f["index"] == index]
-        assert len(found) == 1 and found[0]["system"] == "theirs" and word in found[0]["reason"] and word in done.stdout
+        assert (
+            len(found) == 1
+            and found[0]["system"] == "theirs"
+            and word in found[0]["reason"]
+            and word in done.stdout
+        )
     assert len(failures) == 6 and "2 channels were averaged; resampled from 44100 Hz" in done.stdout
     judged = read_rows(out / "evaluation.csv")["theirs"]
-    assert [i for i, row in enumerate(judged) if "dnsmos" in row] == [0, 2] and abs(judged[2]["seconds"] - 30000 / 44100) < 1e-3
+    assert [i for i, row in enumerate(judged) if "dnsmos" in row] == [0, 2] and abs(
+        judged[2]["seconds"] - 30000 / 44100
+    ) < 1e-3
 
 
 def test_missing_judges_are_one_sentence_each(evaluated):
     words = said(evaluated[2])
-    assert "mosquito is left out: unknown reward 'mosquito'" in words and "nisqa is left out: there are no NISQA weights at nowhere.tar" in words
+    assert (
+        "mosquito is left out: unknown reward 'mosquito'" in words
+        and "nisqa is left out: there are no NISQA weights at nowhere.tar" in words
+    )
 
 
 def test_nothing_is_made_twice(evaluated):
@@ -284,23 +395,34 @@ def test_nothing_is_made_twice(evaluated):
     csv, scores = (out / "evaluation.csv").read_bytes(), (out / "scores.jsonl").read_bytes()
     made = {path: path.stat().st_mtime_ns for path in (out / "audio").rglob("*.wav")}
     book = (out / "scores.jsonl").read_text().splitlines(keepends=True)
-    (out / "scores.jsonl").write_text("".join(book[:-3]) + book[-3][:20])  # as after a kill, in the middle of a line
+    (out / "scores.jsonl").write_text(
+        "".join(book[:-3]) + book[-3][:20]
+    )  # as after a kill, in the middle of a line
     (out / "audio" / "moved" / "003.wav").unlink()
     (out / "evaluation.csv").unlink()
     done = evaluate(*command)
     assert done.returncode == 0, done.stderr
     assert (out / "evaluation.csv").read_bytes() == csv, "to the bit"
     assert sorted((out / "scores.jsonl").read_bytes().splitlines()) == sorted(scores.splitlines())
-    assert len(made) == 16 and all(path.stat().st_mtime_ns == t for path, t in made.items() if path.parent.name == "base")
+    assert len(made) == 16 and all(
+        path.stat().st_mtime_ns == t for path, t in made.items() if path.parent.name == "base"
+    )
 
 
 def test_other_settings_are_made_anew(evaluated, tmp_path):
     first = speak_one(tmp_path, seed=0)
-    assert speak_one(tmp_path, seed=0) == first and speak_one(tmp_path, seed=1) != first and speak_one(tmp_path, seed=0, text="Two.") != first
+    assert (
+        speak_one(tmp_path, seed=0) == first
+        and speak_one(tmp_path, seed=1) != first
+        and speak_one(tmp_path, seed=0, text="Two.") != first
+    )
 
 
 def speak_one(folder, seed, text="One."):
-    system, schedule = System("base", "model", asset("tiny_base.safetensors")), NoiseSchedule.linear().respaced(2, "geometric")
+    system, schedule = (
+        System("base", "model", asset("tiny_base.safetensors")),
+        NoiseSchedule.linear().respaced(2, "geometric"),
+    )
     assert speak(system, [text], schedule, seed, folder, "cpu") == {}
     assert (folder / "texts.txt").read_text() == f"000|{text}\n"
     return (folder / "000.wav").read_bytes()
@@ -312,8 +434,17 @@ def test_a_diverged_model_is_a_failure_not_a_crash(tmp_path):
         for weight in model.decoder.parameters():
             weight.fill_(1e30)
     model.save(tmp_path / "gone.safetensors")
-    failed = speak(System("gone", "model", tmp_path / "gone.safetensors"), ["One."], NoiseSchedule.linear().respaced(2), 0, tmp_path / "audio", "cpu")
-    assert list(failed) == [0] and "diverged" in str(failed[0]) and not list((tmp_path / "audio").glob("*.wav"))
+    failed = speak(
+        System("gone", "model", tmp_path / "gone.safetensors"),
+        ["One."],
+        NoiseSchedule.linear().respaced(2),
+        0,
+        tmp_path / "audio",
+        "cpu",
+    )
+    assert (
+        list(failed) == [0] and "diverged" in str(failed[0]) and not list((tmp_path / "audio").glob("*.wav"))
+    )
 
 
 def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
@@ -328,32 +459,51 @@ def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
     judge = Judge()
     _, odd, last = ask(judge, "judge", [torch.ones(5)] * 3, ["a", "odd", "b"])
     assert str(odd) == "judge cannot hear it: its score is not finite" and last == 5
-    book = ScoreBook(tmp_path / "scores.jsonl")
+    book = ScoreCache(tmp_path / "scores.jsonl")
     found = book.ask(judge, "judge", {}, [torch.ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
     assert found[0] == 10 and str(found[1]) == "too long" and found[2] == 30 and len(book.known) == 2
-    assert book.ask(judge, "judge", {"weights": "other"}, [torch.ones(5)], ["a"]) == [5] and len(book.known) == 3
+    assert (
+        book.ask(judge, "judge", {"weights": "other"}, [torch.ones(5)], ["a"]) == [5] and len(book.known) == 3
+    )
 
 
 def test_a_word_error_rate_is_heard_once_and_less_is_better(theirs, texts_file, tmp_path, monkeypatch):
     @dataclass
     class Counting(Reward):
         "A made-up recogniser: for one word of the first recording it hears three others."
+
         model: str = ""
         device: str = "auto"
         most: float = 1.0
         lower_is_better = True
 
         def score_clips(self, clips, sample_rate, texts):
-            assert self.model == "whisper-folder" and self.device == "cpu" and self.most == math.inf, "a report cuts nothing"
+            assert self.model == "whisper-folder" and self.device == "cpu" and self.most == math.inf, (
+                "a report cuts nothing"
+            )
             return [1.5 if text == "One." else 0.0 for text in texts]
 
     monkeypatch.setitem(REWARDS.entries, "wer", Counting)
-    config = EvaluateConfig(systems=(str(theirs),), texts=str(texts_file), metrics="dnsmos,wer", whisper="whisper-folder", device="cpu", out=str(tmp_path))
+    config = EvaluateConfig(
+        systems=(str(theirs),),
+        texts=str(texts_file),
+        metrics="dnsmos,wer",
+        whisper="whisper-folder",
+        device="cpu",
+        out=str(tmp_path),
+    )
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = compare_all(config)
-    assert result["measures"]["wer"]["better"] == "lower" and "wer_normalised" not in result["measures"] and "wer, %" in printed.getvalue()
+    assert (
+        result["measures"]["wer"]["better"] == "lower"
+        and "wer_normalised" not in result["measures"]
+        and "wer, %" in printed.getvalue()
+    )
     assert result["measures"]["wer"]["systems"]["theirs"]["mean"] == 0.75 and "75.0" in printed.getvalue()
-    assert result["pooled_wer"] == {"theirs": 0.75} and "of all words of all texts: theirs 75.0" in printed.getvalue()
+    assert (
+        result["pooled_wer"] == {"theirs": 0.75}
+        and "of all words of all texts: theirs 75.0" in printed.getvalue()
+    )
     assert (tmp_path / "leaderboard.png").stat().st_size > 5000
 
 
@@ -362,11 +512,30 @@ def test_human_recordings_are_a_row_and_doubles_are_numbered(theirs, texts_file,
     twin.mkdir()
     shutil.copy(theirs / "0.wav", twin / "0.wav")
     soundfile.write(twin / "1.wav", soundfile.read(theirs / "0.wav")[0][::-1], 22050)
-    done = evaluate(twin, theirs, "--ground-truth", twin, "--texts", texts_file, "--metrics", "dnsmos", "--test", "wilcoxon", "--no-level-normalised",
-                    "--heldout", 2, "--out", tmp_path / "out")
+    done = evaluate(
+        twin,
+        theirs,
+        "--ground-truth",
+        twin,
+        "--texts",
+        texts_file,
+        "--metrics",
+        "dnsmos",
+        "--test",
+        "wilcoxon",
+        "--no-level-normalised",
+        "--heldout",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert list(result["systems"]) == ["ground truth", "theirs", "theirs-2"] and result["reference"] == "theirs" and result["texts"] == 2
+    assert (
+        list(result["systems"]) == ["ground truth", "theirs", "theirs-2"]
+        and result["reference"] == "theirs"
+        and result["texts"] == 2
+    )
     assert "dnsmos_normalised" not in result["measures"] and "Wilcoxon" in result["test"]
     same = result["measures"]["dnsmos"]["systems"]["ground truth"]["against"]
     assert same["difference"] == 0 and same["holm"] == 1 and same["cohens_d"] == 0
@@ -375,27 +544,47 @@ def test_human_recordings_are_a_row_and_doubles_are_numbered(theirs, texts_file,
 def test_help_of_the_command_is_a_manual():
     done = evaluate("--help")
     assert done.returncode == 0
-    for word in ("examples:", "texts.txt", "Holm", "--texts", "--heldout", "--metrics", "--ground-truth", "--rollout-steps", "--spacing", "--seed", "--device",
-                 "--threads", "--nisqa-weights", "--utmos-weights", "--whisper", "--out", "--test"):
+    for word in (
+        "examples:",
+        "texts.txt",
+        "Holm",
+        "--texts",
+        "--heldout",
+        "--metrics",
+        "--ground-truth",
+        "--rollout-steps",
+        "--spacing",
+        "--seed",
+        "--device",
+        "--threads",
+        "--nisqa-weights",
+        "--utmos-weights",
+        "--whisper",
+        "--out",
+        "--test",
+    ):
         assert word in done.stdout
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("flags, words", [
-    ([], ["no system given"]),
-    (["{run}/nowhere"], ["nowhere", "folder of recordings"]),
-    (["{run}/config.json"], ["config.json"]),
-    (["{run}/checkpoints"], ["checkpoints", "no recordings"]),
-    (["tiny_base", "{run}/broken.safetensors"], ["broken.safetensors"]),
-    (["tiny_base", "--metrics", "mosquito"], ["mosquito", "dnsmos"]),
-    (["tiny_base", "--metrics", ","], ["names no judge"]),
-    (["tiny_base", "--texts", "{run}/none.txt"], ["none.txt"]),
-    (["tiny_base", "--heldout", "-1"], ["--heldout"]),
-    (["tiny_base", "--test", "anova"], ["anova"]),
-    (["tiny_base", "--metrics", "dnsmos", "--device", "abacus"], ["abacus"]),
-    (["tiny_base", "--metrics", "dnsmos", "--out", "{run}"], ["holds a run"]),
-    (["tiny_base", "--metrics", "dnsmos", "--ground-truth", "{run}/none"], ["--ground-truth"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["no system given"]),
+        (["{run}/nowhere"], ["nowhere", "folder of recordings"]),
+        (["{run}/config.json"], ["config.json"]),
+        (["{run}/checkpoints"], ["checkpoints", "no recordings"]),
+        (["tiny_base", "{run}/broken.safetensors"], ["broken.safetensors"]),
+        (["tiny_base", "--metrics", "mosquito"], ["mosquito", "dnsmos"]),
+        (["tiny_base", "--metrics", ","], ["names no judge"]),
+        (["tiny_base", "--texts", "{run}/none.txt"], ["none.txt"]),
+        (["tiny_base", "--heldout", "-1"], ["--heldout"]),
+        (["tiny_base", "--test", "anova"], ["anova"]),
+        (["tiny_base", "--metrics", "dnsmos", "--device", "abacus"], ["abacus"]),
+        (["tiny_base", "--metrics", "dnsmos", "--out", "{run}"], ["holds a run"]),
+        (["tiny_base", "--metrics", "dnsmos", "--ground-truth", "{run}/none"], ["--ground-truth"]),
+    ],
+)
 def test_wrong_arguments_are_one_clear_sentence(flags, words, run, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (run / "broken.safetensors").write_bytes(b"not a checkpoint at all")
@@ -408,7 +597,9 @@ def test_wrong_arguments_are_one_clear_sentence(flags, words, run, monkeypatch, 
 def test_batches_are_spoken_whole_or_not_at_all(schedule):
     heard = {}
     whole = synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=2)
-    part = synthesise_all(Toy(), TEXTS, schedule, seed=3, batch_size=2, skip={0, 3}, on_audio=heard.__setitem__)
+    part = synthesise_all(
+        Toy(), TEXTS, schedule, seed=3, batch_size=2, skip={0, 3}, on_audio=heard.__setitem__
+    )
     assert [x is None for x in part] == [True, False, False, True] and set(heard) == {1, 2}
     assert all(torch.equal(whole[i], heard[i]) for i in heard)
 
@@ -420,7 +611,13 @@ def test_the_demo_recordings_are_judged_as_recorded(shared):
     ours = read_rows(ROOT / "results" / "dlpo_demo" / "evaluation.csv")
     for system, rows_ in ours.items():
         for row, name in zip(rows_, names, strict=True):
-            assert abs(row["nisqa"] - float(reference["gt" if system == "ground truth" else system, name]["nisqa_mos"])) < 1e-3
+            assert (
+                abs(
+                    row["nisqa"]
+                    - float(reference["gt" if system == "ground truth" else system, name]["nisqa_mos"])
+                )
+                < 1e-3
+            )
     clips = [read_clip(shared / "data" / "dlpo_demo" / f"{name}_dlpo.flac")[0] for name in names[:2]]
     again = ask(get_reward("dnsmos"), "dnsmos", clips, [""] * 2)
     assert all(abs(a - row["dnsmos"]) < 1e-4 for a, row in zip(again, ours["dlpo"]))
@@ -429,8 +626,11 @@ def test_the_demo_recordings_are_judged_as_recorded(shared):
 def test_a_bar_inside_a_text_is_part_of_it(tmp_path):
     from dlpo_nb.systems import read_transcript
 
-    for content, want in ((("c1|Press A | B now.", "c2|My uncle."), ["Press A | B now.", "My uncle."]), (("c1|Press A | B now.",), ["Press A | B now."]),
-                          (("c1|Dr. Ray|doctor ray", "c2|No.|no"), ["doctor ray", "no"])):
+    for content, want in (
+        (("c1|Press A | B now.", "c2|My uncle."), ["Press A | B now.", "My uncle."]),
+        (("c1|Press A | B now.",), ["Press A | B now."]),
+        (("c1|Dr. Ray|doctor ray", "c2|No.|no"), ["doctor ray", "no"]),
+    ):
         (tmp_path / "texts.txt").write_text("\n".join(content) + "\n", encoding="utf-8")
         assert [text for _, text in read_transcript(tmp_path)] == want
 
@@ -438,18 +638,34 @@ def test_a_bar_inside_a_text_is_part_of_it(tmp_path):
 def test_what_a_judge_refuses_is_left_out_on_both_sides():
     class Judge:
         def __call__(self, audio, lengths, rate, texts):
-            self.last_failures = [Failure(i, "it is too long", texts[i]) for i, n in enumerate(lengths.tolist()) if n > 30000]
+            self.last_failures = [
+                Failure(i, "it is too long", texts[i]) for i, n in enumerate(lengths.tolist()) if n > 30000
+            ]
             return torch.where(lengths > 30000, 1.0, 3.0 + lengths / 1e6)
 
     clips = [torch.sin(torch.arange(n) / 9) / 3 for n in (20000, 22000, 24000)]
     longer = [*clips[:2], clips[2].repeat(2)]
-    base, tuned = measure(clips, ["one", "two", "three"], {"judge": Judge()}), measure(longer, ["one", "two", "three"], {"judge": Judge()})
+    base, tuned = (
+        measure(clips, ["one", "two", "three"], {"judge": Judge()}),
+        measure(longer, ["one", "two", "three"], {"judge": Judge()}),
+    )
     result = compare(base, tuned, clips, longer)
     metric = result["metrics"]["judge"]
-    assert (metric["n"], metric["difference"]) == (2, 0) and metric["base"] == pytest.approx(3.021) and result["metrics"]["seconds"]["n"] == 3
-    assert result["left_out"] == [dict(system="tuned", index=2, text="three", judge="judge", reason="it is too long")]
-    table = format_table(dict(evaluation=result, method="dlpo", reward="judge", control="none", seed=0, episodes=1))
-    assert "left out of judge on both sides (n = 2): text 3, 'three'" in (words := " ".join(table.split())) and "too long" in words
+    assert (
+        (metric["n"], metric["difference"]) == (2, 0)
+        and metric["base"] == pytest.approx(3.021)
+        and result["metrics"]["seconds"]["n"] == 3
+    )
+    assert result["left_out"] == [
+        dict(system="tuned", index=2, text="three", judge="judge", reason="it is too long")
+    ]
+    table = format_table(
+        dict(evaluation=result, method="dlpo", reward="judge", control="none", seed=0, episodes=1)
+    )
+    assert (
+        "left out of judge on both sides (n = 2): text 3, 'three'" in (words := " ".join(table.split()))
+        and "too long" in words
+    )
     nobody = compare(tuned[2:], tuned[2:])
     assert "judge" not in nobody["metrics"] and len(nobody["left_out"]) == 2
 
@@ -458,9 +674,22 @@ def test_a_text_that_is_refused_of_one_system_is_left_out_for_all():
     from dlpo_nb.evaluate import pooled_rates
     from dlpo_nb.statistics import compare_systems, table_against
 
-    rows = {"base": [dict(text=t, m=v, wer=w) for t, v, w in (("a b", 1.0, 0.5), ("c", 2.0, 0.0), ("d", 9.0, 1.0))],
-            "other": [dict(text="a b", m=1.5, wer=0.0), dict(text="c", m=2.0, wer=1.0), dict(text="d", seconds=70.0)], "mute": [dict(text=t) for t in ("a b", "c", "d")]}
+    rows = {
+        "base": [
+            dict(text=t, m=v, wer=w) for t, v, w in (("a b", 1.0, 0.5), ("c", 2.0, 0.0), ("d", 9.0, 1.0))
+        ],
+        "other": [
+            dict(text="a b", m=1.5, wer=0.0),
+            dict(text="c", m=2.0, wer=1.0),
+            dict(text="d", seconds=70.0),
+        ],
+        "mute": [dict(text=t) for t in ("a b", "c", "d")],
+    }
     m = compare_systems(rows, {"m": "m"}, "base")["measures"]["m"]
-    assert [(v["n"], v.get("mean")) for v in m["systems"].values()] == [(2, 1.5), (2, 1.75), (0, None)] and m["left_out"] == [2]
-    assert "2 of 3 texts; refused and left out for all systems: 3" in table_against(compare_systems(rows, {"m": "m"}, "base"), "m")
+    assert [(v["n"], v.get("mean")) for v in m["systems"].values()] == [(2, 1.5), (2, 1.75), (0, None)] and m[
+        "left_out"
+    ] == [2]
+    assert "2 of 3 texts; refused and left out for all systems: 3" in table_against(
+        compare_systems(rows, {"m": "m"}, "base"), "m"
+    )
     assert pooled_rates(rows) == {"base": pytest.approx(1 / 3), "other": pytest.approx(1 / 3)}

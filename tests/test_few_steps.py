@@ -1,4 +1,5 @@
 """The search and the resuming of tools/few_steps.py."""
+
 import json
 import math
 import runpy
@@ -23,7 +24,9 @@ def test_a_schedule_from_its_own_ratios_is_itself(tool):
         known = NoiseSchedule.linear().respaced(n, "geometric")
         again = tool["from_ratios"](1 / known.alphas_cumprod - 1)
         for name, table in vars(known).items():
-            assert not isinstance(table, torch.Tensor) or torch.allclose(getattr(again, name), table, rtol=1e-9), name
+            assert not isinstance(table, torch.Tensor) or torch.allclose(
+                getattr(again, name), table, rtol=1e-9
+            ), name
 
 
 def test_search_finds_a_known_optimum_and_stays_in_order(tool):
@@ -51,7 +54,21 @@ def test_what_is_there_is_not_done_again(tmp_path, monkeypatch, capsys):
     stored = json.dumps({"seed": 0, "calls": [], "schedules": {"geometric 6": "kept as it is"}})
     (tmp_path / "study.json").write_text(stored)
     for seed, code in (("0", 0), ("1", 2)):
-        monkeypatch.setattr(sys, "argv", ["few_steps.py", "--schedules", "geometric 6", "--seed", seed, "--out", str(tmp_path), "--audio", str(tmp_path)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "few_steps.py",
+                "--schedules",
+                "geometric 6",
+                "--seed",
+                seed,
+                "--out",
+                str(tmp_path),
+                "--audio",
+                str(tmp_path),
+            ],
+        )
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(TOOL), run_name="__main__")
         assert end.value.code == code

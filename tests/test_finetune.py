@@ -1,4 +1,5 @@
 """The loop: exact ratio, forks, controls, what must and what must not change."""
+
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -86,7 +87,10 @@ def test_equal_rewards_change_nothing_without_penalty():
     assert all(torch.equal(a, b) for a, b in zip(before, tuner.model.parameters()))
 
 
-@pytest.mark.parametrize("trainable, changed", [("decoder", {"decoder"}), ("all", {"decoder", "encoder", "resampling", "speaker_embedding"})])
+@pytest.mark.parametrize(
+    "trainable, changed",
+    [("decoder", {"decoder"}), ("all", {"decoder", "encoder", "resampling", "speaker_embedding"})],
+)
 def test_only_what_is_trainable_changes(trainable, changed):
     tuner = make_tuner(trainable=trainable)
     start = {k: v.clone() for k, v in tuner.model.state_dict().items()}
@@ -113,7 +117,9 @@ def test_same_seed_same_run_other_seed_other_run():
 
 def test_inner_epochs_move_the_ratio():
     metrics = make_tuner(inner_epochs=3, learning_rate=1e-2).episode()
-    assert metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0 and metrics["ratio/clipfrac"] > 0, "those of the last epoch"
+    assert (
+        metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0 and metrics["ratio/clipfrac"] > 0
+    ), "those of the last epoch"
     assert metrics["kl"] == 0.0, "all else is that of the first"
 
 
@@ -137,7 +143,9 @@ def test_an_objective_of_ones_own(tmp_path):
     """The example of CONTRIBUTING.md, as it stands there."""
     text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (example,) = [block for block in text.split("```python\n")[1:] if "objectives.cautious" in block]
-    exec(compile(example.split("```")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": __name__})
+    exec(
+        compile(example.split("```")[0], "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": __name__}
+    )
     try:
         tuner = make_tuner(method="cautious", episodes=2)
         assert tuner.episode()["grad_norm/penalty"] == 0 and tuner.episode()["grad_norm/penalty"] > 0
@@ -162,7 +170,10 @@ def test_a_slice_offers_the_reference_and_the_group():
     try:
         tuner = make_tuner(method="watching", tau=0.25, learning_rate=1e-2)
         tuner.episode(), tuner.episode()
-        assert from_flags(FinetuneConfig, ["--method", "watching", "--tau", "2"], {}, "x", "").objective.tau == 2.0
+        assert (
+            from_flags(FinetuneConfig, ["--method", "watching", "--tau", "2"], {}, "x", "").objective.tau
+            == 2.0
+        )
     finally:
         OBJECTIVES.entries.pop("watching")
     first, last = seen[0], seen[-1]
@@ -185,15 +196,37 @@ def test_what_is_left_to_the_method():
     built = {m: c.objective for m, c in found.items()}
     betas = dict(rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None)
     assert {m: getattr(built[m], "beta", None) for m in betas} == betas
-    assert built["rwr"].denoising_source == "sample" and built["released"].denoising_source == built["dlpo"].denoising_source == "data"
-    assert FinetuneConfig.of(reduction="sum").resolved().objective.clip_range == 0.2 and built["ddpo"].clip_range == 1e-4
+    assert (
+        built["rwr"].denoising_source == "sample"
+        and built["released"].denoising_source == built["dlpo"].denoising_source == "data"
+    )
+    assert (
+        FinetuneConfig.of(reduction="sum").resolved().objective.clip_range == 0.2
+        and built["ddpo"].clip_range == 1e-4
+    )
     assert FinetuneConfig.of("rwr", tau=2.0).resolved().objective.tau == 2.0 and not built["dlpo"].reward_side
-    assert all(c.resolved() == c for c in found.values()), "resolving again changes nothing, so that a run can be resumed"
-    assert all(FinetuneConfig.of(**applicable(FinetuneConfig, c.flat())) == c for c in found.values()), "and what is written down is read again"
+    assert all(c.resolved() == c for c in found.values()), (
+        "resolving again changes nothing, so that a run can be resumed"
+    )
+    assert all(FinetuneConfig.of(**applicable(FinetuneConfig, c.flat())) == c for c in found.values()), (
+        "and what is written down is read again"
+    )
 
 
 def test_levels_on_the_grid():
-    assert [grid_level(j, 11) for j in range(11)] == [999, 900, 801, 702, 603, 504, 405, 306, 207, 108, 9] and grid_level(1, 2) == 9
+    assert [grid_level(j, 11) for j in range(11)] == [
+        999,
+        900,
+        801,
+        702,
+        603,
+        504,
+        405,
+        306,
+        207,
+        108,
+        9,
+    ] and grid_level(1, 2) == 9
 
 
 def test_quiet_is_learnt_and_its_control_is_not():
@@ -222,13 +255,28 @@ def test_broken_state_file(tmp_path):
         load_state(make_tuner(), tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("options, word", [
-    (dict(method="ddpo", kl_form="l1"), "option of dpok"), (dict(method="released", denoising_source="sample"), "option of dlpo, onlydl"),
-    (dict(rollout_steps=1, fork=0, train_steps="all"), "at least 2"), (dict(batch_size=1, group_size=1, advantage="batch"), "at least 2 rewards"),
-    (dict(beta=float("nan")), "beta"), (dict(train_steps="last:²"), "train steps"), (dict(method="dpok", tau=2.0), "option of rwr"),
-    (dict(batch_size=5), "group-size"), (dict(control="x"), "control"), (dict(episodes=0), "episodes"), (dict(trainable="x"), "trainable"),
-    (dict(fork=6), "fork"), (dict(train_steps="all"), "--fork"), (dict(train_steps="random:2"), "--fork"), (dict(method="x"), "dlpo"), (dict(advantage="x"), "advantage"), (dict(group_size=1, fork=0), "group"),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(method="ddpo", kl_form="l1"), "option of dpok"),
+        (dict(method="released", denoising_source="sample"), "option of dlpo, onlydl"),
+        (dict(rollout_steps=1, fork=0, train_steps="all"), "at least 2"),
+        (dict(batch_size=1, group_size=1, advantage="batch"), "at least 2 rewards"),
+        (dict(beta=float("nan")), "beta"),
+        (dict(train_steps="last:²"), "train steps"),
+        (dict(method="dpok", tau=2.0), "option of rwr"),
+        (dict(batch_size=5), "group-size"),
+        (dict(control="x"), "control"),
+        (dict(episodes=0), "episodes"),
+        (dict(trainable="x"), "trainable"),
+        (dict(fork=6), "fork"),
+        (dict(train_steps="all"), "--fork"),
+        (dict(train_steps="random:2"), "--fork"),
+        (dict(method="x"), "dlpo"),
+        (dict(advantage="x"), "advantage"),
+        (dict(group_size=1, fork=0), "group"),
+    ],
+)
 def test_bad_settings(options, word):
     with pytest.raises(UserError, match=word):
         make_tuner(**options).episode()
@@ -236,7 +284,15 @@ def test_bad_settings(options, word):
 
 def test_penalty_on_recordings(data):
     corpus = load_corpus(data / "corpus_tiny")
-    config = dict(episodes=1, batch_size=4, group_size=2, fork=3, rollout_steps=6, denoising_frames=8, denoising_source="data")
+    config = dict(
+        episodes=1,
+        batch_size=4,
+        group_size=2,
+        fork=3,
+        rollout_steps=6,
+        denoising_frames=8,
+        denoising_source="data",
+    )
     tuner = Finetuner(FinetuneConfig.of(**config), spoken(make_model()), quiet, TEXTS, corpus)
     assert not tuner.objective.reward_side, "on recordings the score part is pure variance"
     metrics = tuner.episode()
@@ -250,14 +306,21 @@ def test_bfloat16_is_close_and_on_policy():
     exact, half = (make_tuner(method="dpok", precision=kind).episode() for kind in ("float32", "bfloat16"))
     assert half["ratio/mean"] == 1.0 and half["kl"] == 0.0
     assert half["reward/mean"] != exact["reward/mean"] == pytest.approx(half["reward/mean"], rel=0.05)
-    assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.2) # 8 bits in each product: 1 to 2 %, by processor
+    assert half["grad_norm"] == pytest.approx(
+        exact["grad_norm"], rel=0.2
+    )  # 8 bits in each product: 1 to 2 %, by processor
 
 
 def test_parts_of_a_reward_are_logged():
-    reward = CombinedReward({"quiet": 1.0, "seconds": 0.0}, {"quiet": as_reward(quiet), "seconds": as_reward(lambda a, n, rate, texts: n / rate)})
+    reward = CombinedReward(
+        {"quiet": 1.0, "seconds": 0.0},
+        {"quiet": as_reward(quiet), "seconds": as_reward(lambda a, n, rate, texts: n / rate)},
+    )
     tuner = make_tuner(reward=reward)
     metrics = tuner.episode()
-    assert metrics["reward/quiet"] == pytest.approx(metrics["reward/mean"]) and metrics["reward/seconds"] * 4 == pytest.approx(metrics["audio_seconds"])
+    assert metrics["reward/quiet"] == pytest.approx(metrics["reward/mean"]) and metrics[
+        "reward/seconds"
+    ] * 4 == pytest.approx(metrics["audio_seconds"])
     assert metrics["reward/failed"] == 0 and metrics["seconds/scoring"] > 0
 
 
@@ -288,11 +351,15 @@ def test_low_rank_changes_begin_at_the_reference(method):
     tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2)
     first, second = tuner.episode(), tuner.episode()
     assert first["ratio/mean"] == second["ratio/mean"] == 1.0 and first["kl"] == 0.0 < second["kl"]
-    assert first["reward/mean"] == plain.episode()["reward/mean"] and len(tuner.parameters) == 2 * len(adapters(tuner.model))
+    assert first["reward/mean"] == plain.episode()["reward/mean"] and len(tuner.parameters) == 2 * len(
+        adapters(tuner.model)
+    )
     with without_adapters(tuner.model):
         kept = merged(tuner.model).state_dict()
     assert kept.keys() == before.keys() and all(torch.equal(kept[k], before[k]) for k in before)
-    assert {k.split(".")[0] for k, v in merged(tuner.model).state_dict().items() if not torch.equal(v, before[k])} == {"decoder"}
+    assert {
+        k.split(".")[0] for k, v in merged(tuner.model).state_dict().items() if not torch.equal(v, before[k])
+    } == {"decoder"}
 
 
 def test_low_rank_changes_are_saved_and_resumed(tmp_path):

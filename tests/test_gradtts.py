@@ -1,4 +1,5 @@
 """Grad-TTS: agreement with the released implementation, padding, files, the small network, the vocoder."""
+
 import json
 import pickle
 
@@ -14,8 +15,14 @@ from dlpo_nb.gradtts.encoder import whole_frames
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig, load_gradtts
 from dlpo_nb.gradtts.sde import alpha_bar, euler_step, noise_of_score, sde_schedule, time_of_level
 from dlpo_nb.gradtts.text import GRADTTS_SYMBOLS, clean, read_dictionary, text_to_ids
-from dlpo_nb.gradtts.training import (aligned_losses, cut_windows, draw_offsets, frame_log_prob, monotonic_alignment,
-                                      released_losses)
+from dlpo_nb.gradtts.training import (
+    aligned_losses,
+    cut_windows,
+    draw_offsets,
+    frame_log_prob,
+    monotonic_alignment,
+    released_losses,
+)
 from dlpo_nb.mdp import replay, select_text
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.policy import load_policy, state_mask
@@ -24,14 +31,18 @@ from dlpo_nb.vocoder import HIFIGAN_MEL, SMALL_MEL, GriffinLim, get_vocoder, log
 
 # of the reference outputs, ten times what a separate float32 implementation showed
 ENCODER, ESTIMATOR, STATES, LOSSES, MEL = 3e-5, 2e-4, 1e-4, 1e-5, 5e-4
-NARROW = dict(encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16)
+NARROW = dict(
+    encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16
+)
 
 
 @pytest.fixture(scope="module")
 def ref(data):
     """Outputs of the released implementation with deterministic weights; pictures are thinned to every third frame."""
-    return {key: torch.from_numpy(value) if value.dtype.kind in "fi" else value.tolist()
-            for key, value in np.load(data / "gradtts_reference.npz").items()}
+    return {
+        key: torch.from_numpy(value) if value.dtype.kind in "fi" else value.tolist()
+        for key, value in np.load(data / "gradtts_reference.npz").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,11 @@ def estimate(model, name, T, t, padded=None):
 def small(seed=0, kind=torch.float32, **changes):
     """A narrow small voice with random weights, two or three frames per symbol."""
     torch.manual_seed(seed)
-    voice = GradTTS(GradTTSConfig.small(**({"encoder_channels": 16, "decoder_channels": 24, "decoder_blocks": 2} | changes)))
+    voice = GradTTS(
+        GradTTSConfig.small(
+            **({"encoder_channels": 16, "decoder_channels": 24, "decoder_blocks": 2} | changes)
+        )
+    )
     with torch.no_grad():
         for name, p in voice.named_parameters():
             if p.ndim > 1 and float(p.abs().max()) == 0:
@@ -83,11 +98,27 @@ def test_symbols(ref):
     assert text_to_ids("A small fire.", released) == ref["train_ids"][0].tolist()
 
 
-@pytest.mark.parametrize("text, words", [
-    ("$3.50", "three dollars, fifty cents"), ("$.5", "five cents"), ("$1", "one dollar"), ("1984", "nineteen eighty-four"),
-    ("1001", "ten oh one"), ("2000", "two thousand"), ("2005", "two thousand five"), ("2010", "twenty ten"), ("1100", "eleven hundred"),
-    ("10.05", "ten point five"), ("103rd", "one hundred and third"), ("£3", "psthree"), ("Mrs. X", "misess x"), (" a\t\nb ", " a b "),
-    ("1,234,567", "one million, two hundred thirty-four thousand, five hundred sixty-seven"), ("ft. worth", "fort worth")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("$3.50", "three dollars, fifty cents"),
+        ("$.5", "five cents"),
+        ("$1", "one dollar"),
+        ("1984", "nineteen eighty-four"),
+        ("1001", "ten oh one"),
+        ("2000", "two thousand"),
+        ("2005", "two thousand five"),
+        ("2010", "twenty ten"),
+        ("1100", "eleven hundred"),
+        ("10.05", "ten point five"),
+        ("103rd", "one hundred and third"),
+        ("£3", "psthree"),
+        ("Mrs. X", "misess x"),
+        (" a\t\nb ", " a b "),
+        ("1,234,567", "one million, two hundred thirty-four thousand, five hundred sixty-seven"),
+        ("ft. worth", "fort worth"),
+    ],
+)
 def test_cleaning(text, words):
     assert clean(text) == words
 
@@ -111,7 +142,9 @@ def test_encoder(ref, released):
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     with torch.no_grad():
         mu, log_durations = released.encoder(ids, mask)
-        alone = [released.encoder(ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths.tolist())]
+        alone = [
+            released.encoder(ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths.tolist())
+        ]
     torch.testing.assert_close(mu.transpose(1, 2), ref["enc_mu_x"], atol=ENCODER, rtol=0)
     torch.testing.assert_close(log_durations, ref["enc_logw"], atol=ENCODER, rtol=0)
     for i, n in enumerate(lengths.tolist()):
@@ -121,9 +154,17 @@ def test_encoder(ref, released):
             assert frames.tolist() == ref[f"dur_frames_{i}_scale{name}"].tolist()
 
 
-@pytest.mark.parametrize("name, T, t, padded", [
-    ("est64_t0.05", 64, 0.05, None), ("est64_t0.3", 64, 0.3, None), ("est64_t1", 64, 1.0, None), ("est96_t0.7", 96, 0.7, None),
-    ("est64pad96_t0.3", 64, 0.3, 96), ("est62_t0.3", 62, 0.3, 64)])
+@pytest.mark.parametrize(
+    "name, T, t, padded",
+    [
+        ("est64_t0.05", 64, 0.05, None),
+        ("est64_t0.3", 64, 0.3, None),
+        ("est64_t1", 64, 1.0, None),
+        ("est96_t0.7", 96, 0.7, None),
+        ("est64pad96_t0.3", 64, 0.3, 96),
+        ("est62_t0.3", 62, 0.3, 64),
+    ],
+)
 def test_estimator(ref, released, name, T, t, padded):
     out = estimate(released, f"est{T}", T, t, padded)
     torch.testing.assert_close(out[:, ::3], ref[name], atol=ESTIMATOR, rtol=0)
@@ -137,7 +178,9 @@ def test_noise_of_the_policy(ref, released):
         mu[i, :, :n], y[i, :, :n] = (noise((80, n), f"gt/{what}/{part}") for part in ("mu", "y"))
     level = alpha_bar(torch.full((2, 1), 0.3, dtype=torch.float64)).sqrt()
     with torch.no_grad():
-        eps = released.predict_noise(y.transpose(1, 2).flatten(1), mu, level.float(), frames).unflatten(1, (-1, 80))
+        eps = released.predict_noise(y.transpose(1, 2).flatten(1), mu, level.float(), frames).unflatten(
+            1, (-1, 80)
+        )
     for i, name in enumerate(("est64_t0.3", "est62_t0.3")):
         expected = noise_of_score(ref[name], level[0])
         torch.testing.assert_close(eps[i].T[:, : int(frames[i]) : 3], expected, atol=ESTIMATOR, rtol=0)
@@ -153,8 +196,12 @@ def test_samplers(ref, released):
             t = 1 - (i + 0.5) / 3
             with torch.no_grad():
                 score = released.decoder.estimator(x, mask, mu, torch.tensor([t]))
-            x = euler_step(x, mu, score, t, 1 / 3, noise((1, 80, 64), f"gt/sample/stoc{i}") if stochastic else None)
-        torch.testing.assert_close(x[0, :, ::3], ref[name], atol=STATES * float(ref[name].abs().max()), rtol=0)
+            x = euler_step(
+                x, mu, score, t, 1 / 3, noise((1, 80, 64), f"gt/sample/stoc{i}") if stochastic else None
+            )
+        torch.testing.assert_close(
+            x[0, :, ::3], ref[name], atol=STATES * float(ref[name].abs().max()), rtol=0
+        )
 
 
 @pytest.mark.parametrize("name, pace, temperature", [("cli", 0.91, 1.5), ("plain", 1.0, 1.0)])
@@ -173,7 +220,9 @@ def test_text_to_mel(ref, released, name, pace, temperature):
             x = euler_step(x, mu, released.decoder.estimator(x, mask, mu, torch.tensor([t])), t, 1 / 3) * mask
     torch.testing.assert_close(said.hidden[0, :, ::3], ref[f"e2e_{name}_mu_y"], atol=ENCODER, rtol=0)
     expected = ref[f"e2e_{name}_mel"]
-    torch.testing.assert_close(x[0, :, :frames:3], expected, atol=STATES * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(
+        x[0, :, :frames:3], expected, atol=STATES * float(expected.abs().max()), rtol=0
+    )
 
 
 def training_batch(ref):
@@ -188,7 +237,10 @@ def test_alignment(ref, released):
     assert checksum(mel)[1] == pytest.approx(21311.8568, rel=1e-6)
     with torch.no_grad():
         mu, _ = released.encoder(ids, torch.arange(ids.shape[1]) < lengths[:, None])
-    assert monotonic_alignment(frame_log_prob(mu, mel), lengths, frames).tolist() == ref["train_path_frames"].tolist()
+    assert (
+        monotonic_alignment(frame_log_prob(mu, mel), lengths, frames).tolist()
+        == ref["train_path_frames"].tolist()
+    )
 
 
 @pytest.mark.parametrize("name, size", [("full", 100), ("cut", 64)])
@@ -196,11 +248,24 @@ def test_losses(ref, released, name, size):
     """The three parts, and the norms of their gradients."""
     ids, lengths, mel, frames = training_batch(ref)
     window = {} if name == "full" else dict(window=64, offsets=ref["train_cut_offsets"])
-    parts = released_losses(released, ids, lengths, mel, frames, ref["train_t"], noise((2, 80, size), f"gt/train/{name}/z"), **window)
-    torch.testing.assert_close(torch.stack(parts).double().detach(), ref[f"train_{name}_losses"], rtol=LOSSES, atol=0)
+    parts = released_losses(
+        released,
+        ids,
+        lengths,
+        mel,
+        frames,
+        ref["train_t"],
+        noise((2, 80, size), f"gt/train/{name}/z"),
+        **window,
+    )
+    torch.testing.assert_close(
+        torch.stack(parts).double().detach(), ref[f"train_{name}_losses"], rtol=LOSSES, atol=0
+    )
     released.zero_grad()
     sum(parts).backward()
-    norm = lambda module: float(torch.stack([p.grad.square().sum() for p in module.parameters()]).sum().sqrt())
+    norm = lambda module: float(
+        torch.stack([p.grad.square().sum() for p in module.parameters()]).sum().sqrt()
+    )
     expected = dict(full=(49.78883, 10.75058), cut=(49.7751, 9.550995))[name]
     assert (norm(released.encoder), norm(released.decoder)) == pytest.approx(expected, rel=1e-3)
     released.zero_grad(set_to_none=True)
@@ -209,7 +274,9 @@ def test_losses(ref, released, name, size):
 def test_mel(ref):
     audio = 0.8 * waveform(8000, "gt/mel/wave") + 0.01 * noise(8000, "gt/mel/noise")
     torch.testing.assert_close(log_mel(audio[None], HIFIGAN_MEL)[0], ref["mel"], atol=MEL, rtol=0)
-    assert checksum(mel_filters(HIFIGAN_MEL).T.contiguous())[:2] == pytest.approx((3.7136882, 3.7136882), rel=1e-4)
+    assert checksum(mel_filters(HIFIGAN_MEL).T.contiguous())[:2] == pytest.approx(
+        (3.7136882, 3.7136882), rel=1e-4
+    )
 
 
 # --- mathematics
@@ -219,25 +286,32 @@ def test_time_and_level():
     t = torch.linspace(1e-5, 1, 500, dtype=torch.float64)
     assert (time_of_level(alpha_bar(t).sqrt()) - t).abs().max() < 1e-9
     schedule = sde_schedule()
-    assert schedule.num_steps == 1000 and float(schedule.alphas_cumprod[-1]) == pytest.approx(4.4e-5, rel=0.02)
+    assert schedule.num_steps == 1000 and float(schedule.alphas_cumprod[-1]) == pytest.approx(
+        4.4e-5, rel=0.02
+    )
 
 
 def test_whole_frames():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        durations = torch.randint(1, 9, (3, 11), generator=generator) * (torch.arange(11) < torch.tensor([[11], [7], [1]]))
+        durations = torch.randint(1, 9, (3, 11), generator=generator) * (
+            torch.arange(11) < torch.tensor([[11], [7], [1]])
+        )
         for pace in (1.0, 0.91, 0.3, 1.7):
             stretched, frames = durations * pace, whole_frames(durations * pace)
             assert torch.equal(frames.sum(1), stretched.sum(1).clamp(min=1).long()) and (frames >= 0).all()
             ends = stretched.cumsum(1)
-            by_hand = [[sum(lo <= j < hi for j in range(int(total))) for lo, hi in zip([0, *row], row)]
-                       for row, total in zip(ends.tolist(), frames.sum(1).tolist())]
+            by_hand = [
+                [sum(lo <= j < hi for j in range(int(total))) for lo, hi in zip([0, *row], row)]
+                for row, total in zip(ends.tolist(), frames.sum(1).tolist())
+            ]
             assert frames[:2].tolist() == by_hand[:2]
 
 
 def test_alignment_is_the_best_path():
     """Against all monotone paths of a small table; an item in a batch is aligned as it is alone."""
     from itertools import combinations
+
     torch.manual_seed(0)
     table = torch.randn(2, 4, 9)
     found = monotonic_alignment(table, torch.tensor([4, 3]), torch.tensor([9, 7]))
@@ -245,7 +319,9 @@ def test_alignment_is_the_best_path():
         paths = [np.diff([0, *ends, frames]) for ends in combinations(range(1, frames), symbols - 1)]
         value = lambda d: float(sum(row[i, j] for i, j in zip(np.repeat(range(symbols), d), range(frames))))
         assert durations[:symbols].tolist() == max(paths, key=value).tolist() and durations.sum() == frames
-    assert monotonic_alignment(torch.zeros(1, 3, 6), torch.tensor([3]), torch.tensor([6])).tolist() == [[1, 1, 4]]
+    assert monotonic_alignment(torch.zeros(1, 3, 6), torch.tensor([3]), torch.tensor([6])).tolist() == [
+        [1, 1, 4]
+    ]
 
 
 def test_windows():
@@ -272,7 +348,11 @@ def test_released_files(tmp_path, speakers, inside, zipped):
     assert isinstance(again, GradTTS) and again.config == model.config and not again.training
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     if speakers > 1:
-        ids, lengths, durations = torch.tensor([[5, 6, 7]] * 2), torch.tensor([3, 3]), torch.tensor([[3, 5, 4]] * 2)
+        ids, lengths, durations = (
+            torch.tensor([[5, 6, 7]] * 2),
+            torch.tensor([3, 3]),
+            torch.tensor([[3, 5, 4]] * 2),
+        )
         said = again.condition(ids, lengths, durations, speakers=torch.tensor([0, 3]))
         x = torch.randn(1, 12 * 80).expand(2, -1)
         eps = again.predict_noise(x, said.hidden, torch.full((2, 1), 0.5), said.frames)
@@ -291,7 +371,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
     path = tmp_path / "grad-tts.pt"
     for zipped in (True, False):
         torch.save({**model.state_dict(), "evil": Evil()}, path, _use_new_zipfile_serialization=zipped)
-        try: # the archive's reader leaves it out, the old container's refuses it
+        try:  # the archive's reader leaves it out, the old container's refuses it
             load_policy(path)
         except UserError as error:
             assert "damaged" in str(error) and not zipped
@@ -330,6 +410,7 @@ def test_own_files(tmp_path):
 
 # --- as a policy
 
+
 class Calm(GradTTS):
     """The released network at random weights denoises nothing: what it says is a small change of a Gaussian's exact answer."""
 
@@ -361,7 +442,9 @@ def test_a_batch_is_its_items_alone(voice):
         assert chosen.audio_lengths.tolist() == alone.audio_lengths.tolist()
         for name in ("x_0", "log_prob"):
             torch.testing.assert_close(getattr(chosen, name), getattr(alone, name), atol=2e-3, rtol=1e-4)
-        torch.testing.assert_close(replay(voice, schedule, chosen, 0)[0], chosen.log_prob[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            replay(voice, schedule, chosen, 0)[0], chosen.log_prob[0], atol=1e-4, rtol=0
+        )
     assert (together.x_0 * (1 - state_mask(together.x_0_lengths, 1)) == 0).all()
 
 
@@ -389,8 +472,13 @@ def test_every_method(voice, method):
     tuner = make_tuner(voice, method=method, corpus=make_corpus(voice.hop), rollout_steps=4)
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
-    assert first["kl"] == 0.0 < second["kl"] and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
-    assert {key.split(".")[0] for key, value in voice.state_dict().items() if not torch.equal(value, before[key])} == {"decoder"}
+    assert (
+        first["kl"] == 0.0 < second["kl"]
+        and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
+    )
+    assert {
+        key.split(".")[0] for key, value in voice.state_dict().items() if not torch.equal(value, before[key])
+    } == {"decoder"}
 
 
 def test_aligned_losses(voice):
@@ -399,7 +487,11 @@ def test_aligned_losses(voice):
     ids, lengths = pad_ids(voice.encode(TEXTS[:2]))
     durations = torch.randint(1, 4, ids.shape) * (torch.arange(ids.shape[1]) < lengths[:, None])
     T = int(durations.sum(1).max())
-    x, noise_, level = torch.randn(2, T, voice.width), torch.randn(2, T, voice.width), torch.tensor([[0.4], [0.8]])
+    x, noise_, level = (
+        torch.randn(2, T, voice.width),
+        torch.randn(2, T, voice.width),
+        torch.tensor([[0.4], [0.8]]),
+    )
     parts = aligned_losses(voice, ids, lengths, durations, x, level, noise_)
     said = voice.condition(ids, lengths, durations)
     inside = (torch.arange(T) < said.frames[:, None]).double()
@@ -408,11 +500,16 @@ def test_aligned_losses(voice):
     assert float(parts.prior.detach()) == pytest.approx(prior, rel=1e-4)
     head = "proj_m" if voice.config.network == "unet" else "mu"
     parts.diffusion.backward(retain_graph=True)
-    assert voice.encoder.get_submodule(head).weight.grad is None or float(voice.encoder.get_submodule(head).weight.grad.abs().max()) == 0
+    assert (
+        voice.encoder.get_submodule(head).weight.grad is None
+        or float(voice.encoder.get_submodule(head).weight.grad.abs().max()) == 0
+    )
     voice.zero_grad(set_to_none=True)
     parts.duration.backward()
     moved = {name for name, p in voice.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert moved and all(name.startswith(("encoder.proj_w", "encoder.duration", "encoder.log_units")) for name in moved)
+    assert moved and all(
+        name.startswith(("encoder.proj_w", "encoder.duration", "encoder.log_units")) for name in moved
+    )
 
 
 def test_v_of_the_small_network():
@@ -426,7 +523,9 @@ def test_v_of_the_small_network():
         v = voice.decoder(y, hidden, level, frames)
         predicted = voice.decoder.predict_noise(y, hidden, level, frames)
     target = level[..., None] * eps - (1 - level[..., None] ** 2).sqrt() * y0
-    torch.testing.assert_close(voice.denoising_error(predicted, eps, level[..., None]), (v - target).square(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        voice.denoising_error(predicted, eps, level[..., None]), (v - target).square(), atol=1e-3, rtol=1e-3
+    )
 
 
 # --- vocoder

@@ -1,4 +1,5 @@
 """The natural voice: its tensor, its phones in our symbols, exact durations; where it is not installed, what needs it is skipped."""
+
 import dataclasses
 import importlib.util
 import json
@@ -13,12 +14,25 @@ import pytest
 from dlpo_nb import hibari
 from dlpo_nb.core import UserError, append_jsonl, read_jsonl
 from dlpo_nb.data import CorpusConfig, collate, load_corpus, make_corpus
-from dlpo_nb.hibari import RATE, UNIT, Utterance, cut_silence, in_front_end_spelling, speak, to_arpabet, to_frames
+from dlpo_nb.hibari import (
+    RATE,
+    UNIT,
+    Utterance,
+    cut_silence,
+    in_front_end_spelling,
+    speak,
+    to_arpabet,
+    to_frames,
+)
 from dlpo_nb.text import PHONES, prompts, text_to_phones
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_voice = pytest.mark.skipif(importlib.util.find_spec("hibari") is None, reason="hibari is not installed: pip install 'dlpo_nb[voice]'")
-SYMBOLS = sorted([*hibari.CONSONANT, *hibari.VOWEL, *hibari.PAIR, *hibari.PAUSE, *hibari.STRESS, *hibari.LENGTHENS, " "])  # in one order in every process of pytest-xdist
+needs_voice = pytest.mark.skipif(
+    importlib.util.find_spec("hibari") is None, reason="hibari is not installed: pip install 'dlpo_nb[voice]'"
+)
+SYMBOLS = sorted(
+    [*hibari.CONSONANT, *hibari.VOWEL, *hibari.PAIR, *hibari.PAUSE, *hibari.STRESS, *hibari.LENGTHENS, " "]
+)  # in one order in every process of pytest-xdist
 
 
 def test_there_are_as_many_symbols_as_in_the_voice():
@@ -39,17 +53,41 @@ def test_every_symbol_alone_and_in_a_word(symbol):
         assert set(names) <= set(PHONES)
 
 
-@pytest.mark.parametrize("phonemes, phones", [
-    ("kˈæmɹə", "K AE1 M R AH0"), ("lˈɪTᵊl", "L IH1 T AH0 L"), ("bˈʌʔn", "B AH1 T N"), ("pˈɑɾi", "P AA1 T IY0"), ("ˌʌndəɹstˈænd", "AH2 N D ER0 S T AE1 N D"),
-    ("nˈɜːs", "N ER1 S"), ("nˈɜɹs", "N ER1 S"), ("bˈAk mˈI hˈWs", "B EY1 K M AY1 HH AW1 S"), ("nˈQ bˈYz", "N OW1 B OY1 Z"), ("ɪnʤˈɔɪ", "IH0 N JH AO1 IH0"),
-    ("ˈæ ˈə", "AE1 AH1"), ("ə ɹˈɛd", "AH0 R EH1 D"), ("ˈəɹɹ", "ER1 R"), ("pʰˈæt", "P AE1 T"), ("ˈʦ i", "T S IY0"), ("a—“b.”", "AE0 sp B sp"), ("w, b", "W sp B")])
+@pytest.mark.parametrize(
+    "phonemes, phones",
+    [
+        ("kˈæmɹə", "K AE1 M R AH0"),
+        ("lˈɪTᵊl", "L IH1 T AH0 L"),
+        ("bˈʌʔn", "B AH1 T N"),
+        ("pˈɑɾi", "P AA1 T IY0"),
+        ("ˌʌndəɹstˈænd", "AH2 N D ER0 S T AE1 N D"),
+        ("nˈɜːs", "N ER1 S"),
+        ("nˈɜɹs", "N ER1 S"),
+        ("bˈAk mˈI hˈWs", "B EY1 K M AY1 HH AW1 S"),
+        ("nˈQ bˈYz", "N OW1 B OY1 Z"),
+        ("ɪnʤˈɔɪ", "IH0 N JH AO1 IH0"),
+        ("ˈæ ˈə", "AE1 AH1"),
+        ("ə ɹˈɛd", "AH0 R EH1 D"),
+        ("ˈəɹɹ", "ER1 R"),
+        ("pʰˈæt", "P AE1 T"),
+        ("ˈʦ i", "T S IY0"),
+        ("a—“b.”", "AE0 sp B sp"),
+        ("w, b", "W sp B"),
+    ],
+)
 def test_words(phonemes, phones):
     assert to_arpabet(phonemes, [2] * (len(phonemes) + 2))[0][1:-1] == phones.split()
 
 
 def test_where_the_steps_go():
-    assert to_arpabet("b ˈæd", [9, 1, 3, 2, 4, 5, 7]) == (["sil", "B", "AE1", "D", "sil"], [9, 2, 8, 5, 7])  # 3 of a space: 1 and 2
-    assert to_arpabet("b, d", [9, 1, 2, 3, 4, 7]) == (["sil", "B", "sp", "D", "sil"], [9, 1, 5, 4, 7])  # all to the pause
+    assert to_arpabet("b ˈæd", [9, 1, 3, 2, 4, 5, 7]) == (
+        ["sil", "B", "AE1", "D", "sil"],
+        [9, 2, 8, 5, 7],
+    )  # 3 of a space: 1 and 2
+    assert to_arpabet("b, d", [9, 1, 2, 3, 4, 7]) == (
+        ["sil", "B", "sp", "D", "sil"],
+        [9, 1, 5, 4, 7],
+    )  # all to the pause
     assert to_arpabet("ʦː", [9, 5, 2, 7]) == (["sil", "T", "S", "sil"], [9, 2, 5, 7])
     assert to_arpabet("bˈ", [9, 1, 2, 7])[1] == [9, 1, 9]
     assert to_arpabet("", [9, 7]) == (["sil", "sil"], [9, 7])
@@ -66,9 +104,17 @@ def spoken_row(*levels, lead=0):
 
 
 def test_silence_is_cut_and_steps_stay_exact():
-    audio = np.concatenate([spoken_row(0, 0, 1, 1, 1e-4, 1e-4, 1e-4, 1, 1, 1, 0, 0, 0, 0, 0, 0)[hibari.EARLY:], np.zeros(hibari.EARLY)])
+    audio = np.concatenate(
+        [
+            spoken_row(0, 0, 1, 1, 1e-4, 1e-4, 1e-4, 1, 1, 1, 0, 0, 0, 0, 0, 0)[hibari.EARLY :],
+            np.zeros(hibari.EARLY),
+        ]
+    )
     row = ["sil", "AA1", "sp", "IY1", "sil"], [2, 4, 1, 2, 7]
-    for full_stop, phones, steps in [(True, ["AA1", "sp", "IY1", "sp"], [2, 3, 3, 4]), (False, ["AA1", "sp", "IY1"], [2, 3, 3])]:
+    for full_stop, phones, steps in [
+        (True, ["AA1", "sp", "IY1", "sp"], [2, 3, 3, 4]),
+        (False, ["AA1", "sp", "IY1"], [2, 3, 3]),
+    ]:
         cut, *found = cut_silence(audio, *row, full_stop)
         assert found == [phones, steps] and len(cut) == UNIT * sum(steps)
         assert (cut[: 2 * UNIT] == 1).all() and (cut[5 * UNIT : 8 * UNIT] == 1).all()
@@ -117,9 +163,20 @@ def test_festival_has_one_rate_and_hibari_two(tmp_path, monkeypatch):
 
 @needs_voice
 def test_durations_cover_the_sound_and_phones_are_ours():
-    for text in [*prompts("train")[:12], "Hello. How are you?", "It cost $3.50 in 1999", "no", "A-ha!", "Mr. Quixote's 2nd bottle, isn't it; yes..."]:
+    for text in [
+        *prompts("train")[:12],
+        "Hello. How are you?",
+        "It cost $3.50 in 1999",
+        "no",
+        "A-ha!",
+        "Mr. Quixote's 2nd bottle, isn't it; yes...",
+    ]:
         said = speak(text)
-        assert len(said.audio) == UNIT * sum(said.steps) and min(said.steps) >= 1 and set(said.phones) <= set(PHONES), text
+        assert (
+            len(said.audio) == UNIT * sum(said.steps)
+            and min(said.steps) >= 1
+            and set(said.phones) <= set(PHONES)
+        ), text
         assert said.audio.dtype == np.int16 and 500 < np.abs(said.audio.astype(int)).max() < 32767
         expected = text_to_phones(text)
         assert (said.phones[-1] == "sp") == (expected[-1] == "sp") and said.phones[0] != "sp"
@@ -152,9 +209,13 @@ def test_a_corpus_is_made_resumed_and_read(tmp_path, monkeypatch):
     assert make_corpus(dataclasses.replace(config, limit=5), progress=False) == (4, 1)
     before = (out / "manifest.jsonl").read_text()
     assert make_corpus(config, progress=False) == (18, 1)
-    assert (out / "manifest.jsonl").read_text().startswith(before) and "nothing to speak" in (out / "failures.txt").read_text()
+    assert (out / "manifest.jsonl").read_text().startswith(before) and "nothing to speak" in (
+        out / "failures.txt"
+    ).read_text()
     rows = read_jsonl(out / "manifest.jsonl")
-    assert [row["id"] for row in rows] == [f"{i:06d}" for i in range(1, 19)] and all(row["voice"] == "hibari" for row in rows)
+    assert [row["id"] for row in rows] == [f"{i:06d}" for i in range(1, 19)] and all(
+        row["voice"] == "hibari" for row in rows
+    )
     corpus = load_corpus(out, sample_rate=rate)
     assert len(corpus) == 18 and 10 / 3600 < corpus.hours < 40 / 3600
     assert collate(corpus[:3].items)["audio"].abs().max() > 0.02
@@ -169,17 +230,38 @@ def test_a_corpus_is_made_resumed_and_read(tmp_path, monkeypatch):
 @needs_voice
 def test_a_corpus_for_wavegrad(tmp_path):
     (tmp_path / "audio").mkdir()
-    for row in hibari.speak_texts([(f"{i:06d}", text) for i, text in enumerate(prompts("train")[:4])], tmp_path):
+    for row in hibari.speak_texts(
+        [(f"{i:06d}", text) for i, text in enumerate(prompts("train")[:4])], tmp_path
+    ):
         append_jsonl(tmp_path / "manifest.jsonl", row)
     corpus = load_corpus(tmp_path)
-    assert len(corpus) == 4 and all(item.samples == 300 * sum(item.frames) == len(item.audio) for item in corpus)
+    assert len(corpus) == 4 and all(
+        item.samples == 300 * sum(item.frames) == len(item.audio) for item in corpus
+    )
 
 
 @needs_voice
 def test_command_line(tmp_path):
     (tmp_path / "t.txt").write_text("The lamp is broken.\nPass me the salt.\n", encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "dlpo_nb.data", "--voice", "hibari", "--sample-rate", "24000", "--texts", str(tmp_path / "t.txt"),
-                           "--out", str(tmp_path / "c")], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "dlpo_nb.data",
+            "--voice",
+            "hibari",
+            "--sample-rate",
+            "24000",
+            "--texts",
+            str(tmp_path / "t.txt"),
+            "--out",
+            str(tmp_path / "c"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "2 utterances, 0 texts" in done.stdout and len(load_corpus(tmp_path / "c", sample_rate=24000)) == 2
 

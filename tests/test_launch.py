@@ -1,4 +1,5 @@
 """The command line: a whole run, resuming, and one clear sentence for everything that can be wrong."""
+
 import json
 import subprocess
 import sys
@@ -11,7 +12,16 @@ import torch
 from dlpo_nb import launch as module
 from dlpo_nb.core import UserError, asset, lock_folder, run_main, unlock_folders
 from dlpo_nb.evaluate import judge_options
-from dlpo_nb.launch import LaunchConfig, banner, load_reward, parse, recorded, rehearse, stored_config, texts_of
+from dlpo_nb.launch import (
+    LaunchConfig,
+    banner,
+    load_reward,
+    parse,
+    recorded,
+    rehearse,
+    stored_config,
+    load_all_texts,
+)
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.wavegrad2.model import load_wavegrad2
@@ -28,11 +38,15 @@ def launch(*flags, cwd=ROOT):
 @pytest.fixture
 def launch_here(monkeypatch, capsys):
     """The command in this process, which saves importing torch each time: exit code, stdout, stderr."""
+
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["dlpo_nb.launch", *map(str, flags)])
-        with pytest.raises(SystemExit) as ended: # any other exception is what a user would see as a traceback
+        with pytest.raises(
+            SystemExit
+        ) as ended:  # any other exception is what a user would see as a traceback
             run_main(module.main)
         return ended.value.code, *capsys.readouterr()
+
     return run
 
 
@@ -47,10 +61,31 @@ def finished(tmp_path_factory):
 def test_run_directory(finished):
     out, printed = finished
     names = {p.name for p in out.iterdir()}
-    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "summary.json", "report.html", "evaluation.csv"} <= names
+    assert {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+        "tensorboard",
+        "summary.json",
+        "report.html",
+        "evaluation.csv",
+    } <= names
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["episode"] for r in rows] == [0, 1]
-    wanted = {"episode", "reward/mean", "reward/std", "loss", "diffusion_loss", "kl", "ratio/clipfrac", "grad_norm", "seconds", "audio_seconds"}
+    wanted = {
+        "episode",
+        "reward/mean",
+        "reward/std",
+        "loss",
+        "diffusion_loss",
+        "kl",
+        "ratio/clipfrac",
+        "grad_norm",
+        "seconds",
+        "audio_seconds",
+    }
     assert wanted <= set(rows[0])
     assert rows[0]["ratio/mean"] == 1.0 and rows[0]["kl"] == 0.0, "the first update is exactly on-policy"
     assert json.loads((out / "summary.json").read_text())["heldout_texts"] == 2
@@ -75,9 +110,11 @@ def test_existing_run_is_not_overwritten(finished):
 def test_resume_goes_on(finished, tmp_path):
     out = tmp_path / "half"
     assert launch("--episodes", 1, "--out", out, *TINY).returncode == 0
-    with open(out / "metrics.jsonl", "a") as file: # as after a kill between a row and its state
+    with open(out / "metrics.jsonl", "a") as file:  # as after a kill between a row and its state
         file.write(json.dumps({"episode": 1, "reward/mean": 0.0}) + "\n")
-    assert launch("--episodes", 2, "--out", out, "--resume").returncode == 0, "the other settings are the run's own"
+    assert launch("--episodes", 2, "--out", out, "--resume").returncode == 0, (
+        "the other settings are the run's own"
+    )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["episode"] for r in rows] == [0, 1]
     whole = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
@@ -85,11 +122,19 @@ def test_resume_goes_on(finished, tmp_path):
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
 
 
-@pytest.mark.parametrize("flags, words", [(["--seed", "5"], ["--seed is 5", "begun with 0"]), (["--method", "ddpo"], ["--method is ddpo", "begun with dlpo"])])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--seed", "5"], ["--seed is 5", "begun with 0"]),
+        (["--method", "ddpo"], ["--method is ddpo", "begun with dlpo"]),
+    ],
+)
 def test_a_run_is_not_gone_on_with_as_another(flags, words, finished):
     before = (finished[0] / "config.json").read_text()
     done = launch("--out", finished[0], "--resume", *flags)
-    assert done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+    )
     assert (finished[0] / "config.json").read_text() == before
 
 
@@ -104,7 +149,9 @@ def test_a_run_that_is_under_way_is_left_alone(finished):
         refused = launch("--out", finished[0], "--resume", "--episodes", 3)
     finally:
         unlock_folders()
-    assert refused.returncode == 2 and "another process" in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
+    assert (
+        refused.returncode == 2 and "another process" in refused.stderr and refused.stderr.count("\n") == 1
+    ), refused.stderr
     assert files(finished[0]) == before
 
 
@@ -114,9 +161,21 @@ def test_a_resumed_run_has_no_fewer_episodes_than_are_done(finished):
     assert parse(["--out", str(finished[0]), "--resume"])[1].episodes == 2
 
 
-@pytest.mark.parametrize("flags", [
-    ["--advantage", "batch"], ["--fork", "0"], ["--train-steps", "last:2"], ["--heldout", "1"], ["--max-words", "3"], ["--estimator", "score"],
-    ["--reduction", "sum"], ["--denoising-levels", "grid", "--denoising-steps", "2"], ["--control", "shuffle-advantages"], ["--denoising-source", "sample"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--advantage", "batch"],
+        ["--fork", "0"],
+        ["--train-steps", "last:2"],
+        ["--heldout", "1"],
+        ["--max-words", "3"],
+        ["--estimator", "score"],
+        ["--reduction", "sum"],
+        ["--denoising-levels", "grid", "--denoising-steps", "2"],
+        ["--control", "shuffle-advantages"],
+        ["--denoising-source", "sample"],
+    ],
+)
 def test_what_decides_the_numbers_stays(flags, finished):
     with pytest.raises(UserError, match=f"{flags[0]} is .* begun with"):
         parse(["--out", str(finished[0]), "--resume", *flags])
@@ -124,9 +183,20 @@ def test_what_decides_the_numbers_stays(flags, finished):
 
 def test_the_record_of_a_finished_run(finished):
     record = json.loads((finished[0] / "config.json").read_text())
-    built = {"alpha": 1.0, "clip_range": 1e-4, "estimator": "ratio", "beta": 0.5, "denoising_source": "data", "penalty_parts": "direct"}
+    built = {
+        "alpha": 1.0,
+        "clip_range": 1e-4,
+        "estimator": "ratio",
+        "beta": 0.5,
+        "denoising_source": "data",
+        "penalty_parts": "direct",
+    }
     assert record["objective"].items() >= built.items() <= record.items()
-    assert record["flags"][record["flags"].index("--episodes") + 1] == "2" and set(record["inputs"]) >= {"base_checkpoint", "texts", "corpus"}
+    assert record["flags"][record["flags"].index("--episodes") + 1] == "2" and set(record["inputs"]) >= {
+        "base_checkpoint",
+        "texts",
+        "corpus",
+    }
     assert stored_config(finished[0])[1].objective.beta == 0.5
 
 
@@ -144,7 +214,10 @@ def test_an_objective_of_ones_own_is_recorded_as_it_was_built(capsys):
         again = LaunchConfig.of("cautious", beta=record["beta"]).resolved().objective
     finally:
         OBJECTIVES.entries.pop("cautious")
-    assert "cautious: alpha 1, beta 1.25, estimator ratio, clip_range 0.0001, advantage group," in capsys.readouterr().out
+    assert (
+        "cautious: alpha 1, beta 1.25, estimator ratio, clip_range 0.0001, advantage group,"
+        in capsys.readouterr().out
+    )
     assert record["flags"] == ["--method", "cautious"], "what it fills in need not be said"
     assert record["beta"] == 1.25 and record["objective"]["patience"] == 3 and again.beta == 1.25
 
@@ -156,11 +229,18 @@ def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_p
     before = reward.state_dict()
     rehearse("tiny", config, reward)
     assert reward.state_dict() == before and reward.pop_components() == {}
-    for broken in ("dlpo_nb.evaluate.aligned_log_mel_distance", "dlpo_nb.evaluate.write_rows", "dlpo_nb.report.write_page", "dlpo_nb.launch.write_audio"):
+    for broken in (
+        "dlpo_nb.evaluate.aligned_log_mel_distance",
+        "dlpo_nb.evaluate.write_rows",
+        "dlpo_nb.report.write_page",
+        "dlpo_nb.launch.write_audio",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(broken, refuse)
             with pytest.raises(UserError, match="no space"):
-                module.launch("tiny", replace(config, reward="dnsmos", normalise="none", out=str(tmp_path / "run")))
+                module.launch(
+                    "tiny", replace(config, reward="dnsmos", normalise="none", out=str(tmp_path / "run"))
+                )
     assert not (tmp_path / "run").exists()
 
 
@@ -170,7 +250,9 @@ def refuse(*args, **options):
 
 def test_rewards_of_a_run():
     """An error rate is capped where it is paid for, whole where it is reported; a sum of one is normalised too."""
-    assert "most" not in judge_options("dnsmos - 0.5*wer", LaunchConfig())["wer"] and judge_options("wer", LaunchConfig(), uncut=True)["most"] == float("inf")
+    assert "most" not in judge_options("dnsmos - 0.5*wer", LaunchConfig())["wer"] and judge_options(
+        "wer", LaunchConfig(), uncut=True
+    )["most"] == float("inf")
     reward = load_reward(LaunchConfig(reward="dnsmos", normalise="z"))
     assert reward.name == "1*z(dnsmos)" and not reward.settled
     with pytest.raises(UserError, match="less is better"):
@@ -179,11 +261,11 @@ def test_rewards_of_a_run():
 
 def test_texts_of_a_corpus_and_of_the_watch():
     folder = str(asset("speech_train"))
-    texts, heldout, watched = texts_of(LaunchConfig(texts=folder, watch_every=1, watch_texts=3))
+    texts, heldout, watched = load_all_texts(LaunchConfig(texts=folder, watch_every=1, watch_texts=3))
     assert len(texts) > 50 and len(heldout) == 64 and len(watched) == 3 and not set(watched) & set(heldout)
-    assert texts_of(LaunchConfig(watch_every=1, heldout=96, watch_from=folder))[2]
+    assert load_all_texts(LaunchConfig(watch_every=1, heldout=96, watch_from=folder))[2]
     with pytest.raises(UserError, match="--watch-from"):
-        texts_of(LaunchConfig(watch_every=1, heldout=96))
+        load_all_texts(LaunchConfig(watch_every=1, heldout=96))
 
 
 def test_dry_run_of_the_paper():
@@ -193,7 +275,11 @@ def test_dry_run_of_the_paper():
     for word in ("random weights", "64 texts x 1", "1000 trailing steps", "scaled up", "CPU-hours", "memory"):
         assert word in done.stdout
     refused = launch("paper")
-    assert refused.returncode == 2 and all(word in refused.stderr for word in ("--base-checkpoint", "--corpus", "--dry-run")) and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and all(word in refused.stderr for word in ("--base-checkpoint", "--corpus", "--dry-run"))
+        and "Traceback" not in refused.stderr
+    )
 
 
 def test_dry_run_writes_nothing(tmp_path):
@@ -205,11 +291,16 @@ def test_dry_run_writes_nothing(tmp_path):
 @pytest.mark.smoke
 @pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_an_episode_of_every_method(method, launch_here, tmp_path):
-    code, printed, complaint = launch_here("--method", method, "--episodes", 1, "--out", tmp_path / "run", *TINY, "--heldout", 0)
+    code, printed, complaint = launch_here(
+        "--method", method, "--episodes", 1, "--out", tmp_path / "run", *TINY, "--heldout", 0
+    )
     assert code == 0 and f"{method} on preset tiny" in printed, complaint
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["grad_norm"] > 0 and row.get("ratio/mean", 1.0) == 1.0, "the first update is exactly on-policy"
-    base, tuned = (load_wavegrad2(path).state_dict() for path in (asset("tiny_base.safetensors"), tmp_path / "run" / "checkpoints" / "tuned.safetensors"))
+    base, tuned = (
+        load_wavegrad2(path).state_dict()
+        for path in (asset("tiny_base.safetensors"), tmp_path / "run" / "checkpoints" / "tuned.safetensors")
+    )
     assert {k.split(".")[0] for k in base if not torch.equal(base[k], tuned[k])} == {"decoder"}
 
 
@@ -227,9 +318,31 @@ def test_the_papers_weights_are_a_preset():
 def test_help_is_a_manual():
     done = launch("--help")
     assert done.returncode == 0
-    for word in ("examples:", "--method", "--episodes", "--batch-size", "--control", "--base-checkpoint", "--out", "--resume", "--seed", "--dry-run",
-                 "--alpha", "--beta", "--advantage", "--kl-form", "--reduction", "--estimator", "--denoising-source", "--penalty-parts", "--denoising-steps", "--rwr-weights",
-                 "--train-steps", "--trainable", "tiny-paper"):
+    for word in (
+        "examples:",
+        "--method",
+        "--episodes",
+        "--batch-size",
+        "--control",
+        "--base-checkpoint",
+        "--out",
+        "--resume",
+        "--seed",
+        "--dry-run",
+        "--alpha",
+        "--beta",
+        "--advantage",
+        "--kl-form",
+        "--reduction",
+        "--estimator",
+        "--denoising-source",
+        "--penalty-parts",
+        "--denoising-steps",
+        "--rwr-weights",
+        "--train-steps",
+        "--trainable",
+        "tiny-paper",
+    ):
         assert word in done.stdout
 
 
@@ -246,40 +359,45 @@ def broken_files(folder):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("flags, words", [
-    (["--no-such-flag"], ["no-such-flag"]),
-    (["huge"], ["huge", "tiny"]),
-    (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
-    (["--method", "rwr", "--dl-source", "data"], ["--denoising-source", "dlpo, onlydl", "rwr"]),
-    (["--penalty-parts", "both"], ["--penalty-parts both", "--denoising-source sample"]),
-    (["--method", "dpok", "--kl-form", "l3"], ["l3", "exact"]),
-    (["--advantage", "zscore"], ["zscore", "leave-one-out"]),
-    (["--estimator", "score", "--inner-epochs", "2"], ["--estimator score"]),
-    (["--tau", "2"], ["--tau is an option of rwr", "dlpo"]),
-    (["--method", "rwr", "--tau", "0"], ["--tau", "above 0"]),
-    (["--reward", "mosquito"], ["mosquito", "dnsmos"]),
-    (["--control", "placebo"], ["placebo", "shuffle-advantages"]),
-    (["--episodes", "0"], ["--episodes", "at least 1"]),
-    (["--episodes", "many"], ["many"]),
-    (["--batch-size", "10"], ["--batch-size 10", "--group-size 8"]),
-    (["--train-steps", "last:99"], ["last:99"]),
-    (["--base-checkpoint", "{}/missing.safetensors"], ["missing.safetensors"]),
-    (["--base-checkpoint", "{}/broken.safetensors"], ["broken.safetensors"]),
-    (["--base-checkpoint", "{}/rate.safetensors"], ["16000", "22050"]),
-    (["--texts", "{}/nowhere.txt"], ["nowhere.txt"]),
-    (["--texts", "{}/empty.txt"], ["empty.txt"]),
-    (["--texts", "{}/symbols.txt"], ["symbols.txt", "line 2"]),
-    (["--out", "{}/file/run"], ["file"]),
-    (["--out", "{}/nothing", "--resume"], ["nothing"]),
-    (["--nisqa-weights", "{}/none.tar"], ["none.tar"]),
-    (["--reward", "wer"], ["less is better"]),
-    (["--max-grad-norm", "inf"], ["--max-grad-norm"]),
-    (["--lora-rank", "2", "--trainable", "all"], ["--lora-rank"]),
-    (["--nnodes", "2", "--rdzv-endpoint", "node0", "--out", "{}/run"], ["HOST:PORT"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--no-such-flag"], ["no-such-flag"]),
+        (["huge"], ["huge", "tiny"]),
+        (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
+        (["--method", "rwr", "--dl-source", "data"], ["--denoising-source", "dlpo, onlydl", "rwr"]),
+        (["--penalty-parts", "both"], ["--penalty-parts both", "--denoising-source sample"]),
+        (["--method", "dpok", "--kl-form", "l3"], ["l3", "exact"]),
+        (["--advantage", "zscore"], ["zscore", "leave-one-out"]),
+        (["--estimator", "score", "--inner-epochs", "2"], ["--estimator score"]),
+        (["--tau", "2"], ["--tau is an option of rwr", "dlpo"]),
+        (["--method", "rwr", "--tau", "0"], ["--tau", "above 0"]),
+        (["--reward", "mosquito"], ["mosquito", "dnsmos"]),
+        (["--control", "placebo"], ["placebo", "shuffle-advantages"]),
+        (["--episodes", "0"], ["--episodes", "at least 1"]),
+        (["--episodes", "many"], ["many"]),
+        (["--batch-size", "10"], ["--batch-size 10", "--group-size 8"]),
+        (["--train-steps", "last:99"], ["last:99"]),
+        (["--base-checkpoint", "{}/missing.safetensors"], ["missing.safetensors"]),
+        (["--base-checkpoint", "{}/broken.safetensors"], ["broken.safetensors"]),
+        (["--base-checkpoint", "{}/rate.safetensors"], ["16000", "22050"]),
+        (["--texts", "{}/nowhere.txt"], ["nowhere.txt"]),
+        (["--texts", "{}/empty.txt"], ["empty.txt"]),
+        (["--texts", "{}/symbols.txt"], ["symbols.txt", "line 2"]),
+        (["--out", "{}/file/run"], ["file"]),
+        (["--out", "{}/nothing", "--resume"], ["nothing"]),
+        (["--nisqa-weights", "{}/none.tar"], ["none.tar"]),
+        (["--reward", "wer"], ["less is better"]),
+        (["--max-grad-norm", "inf"], ["--max-grad-norm"]),
+        (["--lora-rank", "2", "--trainable", "all"], ["--lora-rank"]),
+        (["--nnodes", "2", "--rdzv-endpoint", "node0", "--out", "{}/run"], ["HOST:PORT"]),
+    ],
+)
 def test_bad_input_is_one_clear_sentence(flags, words, tmp_path, launch_here):
     folder = broken_files(tmp_path / "bad")
-    code, printed, complaint = launch_here(*[f.format(folder) for f in flags], *([] if "--batch-size" in flags else TINY))
+    code, printed, complaint = launch_here(
+        *[f.format(folder) for f in flags], *([] if "--batch-size" in flags else TINY)
+    )
     assert code != 0
     assert "Traceback" not in printed + complaint, complaint
     for word in words:

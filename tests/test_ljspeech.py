@@ -1,4 +1,5 @@
 """LJSpeech: the split, TextGrids, alignment, frames, and a command that meets broken folders, interruptions and odd settings."""
+
 import gzip
 import json
 import os
@@ -15,7 +16,14 @@ import torch
 from dlpo_nb import ljspeech as lj
 from dlpo_nb.core import UserError, asset, read_jsonl
 from dlpo_nb.data import load_corpus
-from dlpo_nb.ljspeech import Alignment, LJSpeechConfig, compare_alignments, make_ljspeech, read_textgrid, to_frames
+from dlpo_nb.ljspeech import (
+    Alignment,
+    LJSpeechConfig,
+    compare_alignments,
+    make_ljspeech,
+    read_textgrid,
+    to_frames,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +56,9 @@ def raw_folder(path, spoken, names=None):
     names = names or [f"LJ001-{i:04d}" for i in range(1, len(spoken) + 1)]
     for name, item in zip(names, spoken):
         soundfile.write(path / "wavs" / f"{name}.wav", item.audio // 2, 22050)
-    (path / "metadata.csv").write_text("".join(f"{name}|{item.text}|{item.text}\n" for name, item in zip(names, spoken)), encoding="utf-8")
+    (path / "metadata.csv").write_text(
+        "".join(f"{name}|{item.text}|{item.text}\n" for name, item in zip(names, spoken)), encoding="utf-8"
+    )
     return path
 
 
@@ -63,23 +73,42 @@ def textgrid(alignment, form="short", tier="phones"):
     head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n'
     if form == "short":
         body = "\n".join(f'{a}\n{b}\n"{phone}"' for a, b, phone in rows)
-        return head + f'0\n{end}\n<exists>\n2\n"IntervalTier"\n"words"\n0\n{end}\n1\n0\n{end}\n"he said ""1 2"""\n"IntervalTier"\n"{tier}"\n0\n{end}\n{len(rows)}\n{body}\n'
-    body = "".join(f'        intervals [{i}]:\n            xmin = {a} \n            xmax = {b} \n            text = "{phone}" \n' for i, (a, b, phone) in enumerate(rows, 1))
+        return (
+            head
+            + f'0\n{end}\n<exists>\n2\n"IntervalTier"\n"words"\n0\n{end}\n1\n0\n{end}\n"he said ""1 2"""\n"IntervalTier"\n"{tier}"\n0\n{end}\n{len(rows)}\n{body}\n'
+        )
+    body = "".join(
+        f'        intervals [{i}]:\n            xmin = {a} \n            xmax = {b} \n            text = "{phone}" \n'
+        for i, (a, b, phone) in enumerate(rows, 1)
+    )
+
     def tier_head(i, name, size):
         return f'    item [{i}]:\n        class = "IntervalTier" \n        name = "{name}" \n        xmin = 0 \n        xmax = {end} \n        intervals: size = {size} \n'
-    words = tier_head(1, "words", 1) + f'        intervals [1]:\n            xmin = 0 \n            xmax = {end} \n            text = "he said ""1 2""" \n'
-    return head + f"xmin = 0 \nxmax = {end} \ntiers? <exists> \nsize = 2 \nitem []: \n{words}{tier_head(2, tier, len(rows))}{body}"
+
+    words = (
+        tier_head(1, "words", 1)
+        + f'        intervals [1]:\n            xmin = 0 \n            xmax = {end} \n            text = "he said ""1 2""" \n'
+    )
+    return (
+        head
+        + f"xmin = 0 \nxmax = {end} \ntiers? <exists> \nsize = 2 \nitem []: \n{words}{tier_head(2, tier, len(rows))}{body}"
+    )
 
 
-HELLO = Alignment(["sil", "HH", "AY1", "", "HH", "AH0", "sp"], np.array([0, 0.1, 0.2, 0.33, 0.4, 0.5, 0.61, 0.7]))
+HELLO = Alignment(
+    ["sil", "HH", "AY1", "", "HH", "AH0", "sp"], np.array([0, 0.1, 0.2, 0.33, 0.4, 0.5, 0.61, 0.7])
+)
 
 
 # the split
 
+
 def test_split_lists():
     val, test = lj.split_ids("val"), lj.split_ids("test")
     assert (len(val), len(test), len(val & test)) == (512, 200, 0)
-    assert {part: lj.fingerprint(lj.split_ids(part)) for part in ("val", "test")} == {part: lj.SPLIT_SHA256[part] for part in ("val", "test")}
+    assert {part: lj.fingerprint(lj.split_ids(part)) for part in ("val", "test")} == {
+        part: lj.SPLIT_SHA256[part] for part in ("val", "test")
+    }
     assert {lj.part_of(name) for name in val} == {"val"} and {lj.part_of(name) for name in test} == {"test"}
     assert not test & {f"LJ001-{i:04d}" for i in range(1, 33)}
 
@@ -94,6 +123,7 @@ def test_split_of_all_ids(reader):
 
 # TextGrids
 
+
 @pytest.mark.parametrize("form", ["short", "long"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("tier", ["phones", "LJ - phones"])
@@ -104,12 +134,18 @@ def test_textgrid(tmp_path, form, encoding, tier):
     assert read.phones == HELLO.phones and np.array_equal(read.bounds, HELLO.bounds)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "ends too early"), ("hello", "ends too early"), (textgrid(HELLO, tier="syllables"), "no tier phones; its tiers are: words, syllables"),
-    (textgrid(HELLO)[:-60], "ends too early"), (textgrid(HELLO).replace("TextGrid", "Pitch"), "not a TextGrid"),
-    (textgrid(HELLO).replace('0.33\n"AY1"', '0.31\n"AY1"'), "leave gaps"),
-    (textgrid(HELLO).replace("<exists>\n2", "<exists>\nx"), "cannot read"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "ends too early"),
+        ("hello", "ends too early"),
+        (textgrid(HELLO, tier="syllables"), "no tier phones; its tiers are: words, syllables"),
+        (textgrid(HELLO)[:-60], "ends too early"),
+        (textgrid(HELLO).replace("TextGrid", "Pitch"), "not a TextGrid"),
+        (textgrid(HELLO).replace('0.33\n"AY1"', '0.31\n"AY1"'), "leave gaps"),
+        (textgrid(HELLO).replace("<exists>\n2", "<exists>\nx"), "cannot read"),
+    ],
+)
 def test_broken_textgrids(tmp_path, text, message):
     path = tmp_path / "a.TextGrid"
     path.write_text(text)
@@ -121,6 +157,7 @@ def test_broken_textgrids(tmp_path, text, message):
 
 # frames
 
+
 def test_frames():
     audio = np.arange(1, 22051, dtype=np.int16)
     speech, phones, frames = to_frames(audio, HELLO)
@@ -128,21 +165,29 @@ def test_frames():
     assert frames == np.diff(np.round(np.array([0.1, 0.2, 0.33, 0.4, 0.5, 0.61]) * 73.5)).astype(int).tolist()
     assert speech[0] == int(22050 * 0.1) + 1 and len(speech) == 300 * sum(frames)
     end = int(22050 * 0.61) - int(22050 * 0.1)
-    assert np.array_equal(speech[: min(end, len(speech))], audio[2205:][: min(end, len(speech))]) and not speech[end:].any()
+    assert (
+        np.array_equal(speech[: min(end, len(speech))], audio[2205:][: min(end, len(speech))])
+        and not speech[end:].any()
+    )
 
 
 def test_halves_are_rounded_to_even():
     # 1 s and 3 s are 73.5 and 220.5 frames
-    _, _, frames = to_frames(np.ones(22050 * 4, np.int16), Alignment(["sp", "HH", "AY1"], np.array([0, 1, 3, 3.5])))
+    _, _, frames = to_frames(
+        np.ones(22050 * 4, np.int16), Alignment(["sp", "HH", "AY1"], np.array([0, 1, 3, 3.5]))
+    )
     assert frames == [220 - 74, 257 - 220]
 
 
-@pytest.mark.parametrize("alignment, message", [
-    (Alignment(["sil", "", "spn"], np.array([0, 0.1, 0.2, 0.3])), "nothing but silence"),
-    (Alignment(["HH", "AY1"], np.array([0, 0.5, 2])), "ends at 2.00 s, the recording at 1.00 s"),
-    (Alignment(["HH", "AY1"], np.array([0, 0.001, 0.002])), "less than a frame"),
-    (Alignment(["HH", "ʃ"], np.array([0, 0.1, 0.3])), "not a phone of the model"),
-])
+@pytest.mark.parametrize(
+    "alignment, message",
+    [
+        (Alignment(["sil", "", "spn"], np.array([0, 0.1, 0.2, 0.3])), "nothing but silence"),
+        (Alignment(["HH", "AY1"], np.array([0, 0.5, 2])), "ends at 2.00 s, the recording at 1.00 s"),
+        (Alignment(["HH", "AY1"], np.array([0, 0.001, 0.002])), "less than a frame"),
+        (Alignment(["HH", "ʃ"], np.array([0, 0.1, 0.3])), "not a phone of the model"),
+    ],
+)
 def test_alignments_that_cannot_be_used(alignment, message):
     with pytest.raises(UserError, match=message):
         to_frames(np.ones(22050, np.int16), alignment)
@@ -162,7 +207,9 @@ def test_textgrids_of_the_reader(reader, alignments, tmp_path):
     name, grids = "LJ001-0013", tmp_path / "grids" / "LJSpeech"
     grids.mkdir(parents=True)
     (grids / f"{name}.TextGrid").write_text(textgrid(alignments[name], "long"))
-    report = make_ljspeech(LJSpeechConfig(reader, tmp_path / "c", textgrids=tmp_path / "grids", limit=13), progress=False)
+    report = make_ljspeech(
+        LJSpeechConfig(reader, tmp_path / "c", textgrids=tmp_path / "grids", limit=13), progress=False
+    )
     assert report["failures"] == {"alignment": 12} and report["aligner"] == "MFA's TextGrids"
     item = load_corpus(tmp_path / "c" / "train")[0]
     wave, _ = soundfile.read(reader / "wavs" / f"{name}.flac")
@@ -170,10 +217,14 @@ def test_textgrids_of_the_reader(reader, alignments, tmp_path):
     assert item.phones == phones and item.frames == np.diff(np.round(bounds * 73.5)).astype(int).tolist()
     expected = np.round(wave / np.abs(wave).max() * 32767)[int(22050 * bounds[0]) : int(22050 * bounds[-1])]
     both = min(len(expected), item.samples)
-    assert abs(len(expected) - item.samples) <= 300 * 5 and np.abs(item.audio[:both] - expected[:both]).max() <= 1
+    assert (
+        abs(len(expected) - item.samples) <= 300 * 5
+        and np.abs(item.audio[:both] - expected[:both]).max() <= 1
+    )
 
 
 # alignment
+
 
 def test_festival_is_found_where_it_spoke(spoken):
     aligner, off = lj.process_aligner(0.0), []
@@ -189,10 +240,16 @@ def test_alignment_against_mfa(reader, alignments):
     texts, aligner = dict(lj.read_metadata(reader)[0]), lj.process_aligner()
     off, shares = [], []
     for name in [f"LJ001-{i:04d}" for i in (2, 8, 13, 4, 6, 11)]:
-        differences, share = compare_alignments(aligner(lj.read_recording(reader, name), texts[name]), alignments[name])
+        differences, share = compare_alignments(
+            aligner(lj.read_recording(reader, name), texts[name]), alignments[name]
+        )
         off += differences[:, 0].tolist()
         shares.append(share)
-    assert np.mean(shares) > 0.95 and np.median(np.abs(off)) <= 0.0101 and np.quantile(np.abs(off), 0.9) <= 0.0301
+    assert (
+        np.mean(shares) > 0.95
+        and np.median(np.abs(off)) <= 0.0101
+        and np.quantile(np.abs(off), 0.9) <= 0.0301
+    )
 
 
 def test_an_alignment_does_not_depend_on_those_before(spoken):
@@ -205,16 +262,23 @@ def test_an_alignment_does_not_depend_on_those_before(spoken):
 
 def test_words_that_are_not_in_the_sound(spoken):
     aligner, item = lj.process_aligner(), spoken[0]
-    for audio, text in [(item.audio, "Far too many words for so short a recording, " * 4), (item.audio[:400], "Hello there."), (item.audio[:30], "Hello.")]:
+    for audio, text in [
+        (item.audio, "Far too many words for so short a recording, " * 4),
+        (item.audio[:400], "Hello there."),
+        (item.audio[:30], "Hello."),
+    ]:
         with pytest.raises(UserError, match="not found in"):
             aligner(audio, text)
     with pytest.raises(UserError, match="nothing to speak"):
         aligner(item.audio, "?!")
     found = aligner(item.audio, item.text)  # and the next one is as it was
-    assert lj.bare(lj.cut_silence(found).phones) and found.bounds[0] == 0 and (np.diff(found.bounds) >= 0).all()
+    assert (
+        lj.bare(lj.cut_silence(found).phones) and found.bounds[0] == 0 and (np.diff(found.bounds) >= 0).all()
+    )
 
 
 # the command
+
 
 def test_broken_clips_are_reported_and_skipped(spoken, tmp_path):
     raw = raw_folder(tmp_path / "raw", spoken)
@@ -223,27 +287,54 @@ def test_broken_clips_are_reported_and_skipped(spoken, tmp_path):
     soundfile.write(raw / "wavs" / "LJ001-0005.wav", np.zeros(9000), 22050)
     soundfile.write(raw / "wavs" / "LJ001-0006.wav", np.ones(9000), 8000)
     soundfile.write(raw / "wavs" / "LJ001-0007.wav", spoken[0].audio, 22050)
-    extra = ["LJ001-0005|a|a", "LJ001-0006|a|a", "LJ001-0007|x|" + "far too many words " * 9, "LJ001-0009", "a|b", "../x|a|a", "LJ001-0001|a|a", "", "LJ001-0010|a|"]
+    extra = [
+        "LJ001-0005|a|a",
+        "LJ001-0006|a|a",
+        "LJ001-0007|x|" + "far too many words " * 9,
+        "LJ001-0009",
+        "a|b",
+        "../x|a|a",
+        "LJ001-0001|a|a",
+        "",
+        "LJ001-0010|a|",
+    ]
     with open(raw / "metadata.csv", "a") as file:
         file.write("\n".join(extra) + "\n")
     report = make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
-    assert report["failures"] == {"metadata": 3, "recording": 6, "alignment": 1} and report["train"]["utterances"] == 2
-    failures = {row[0]: row[1:] for row in (line.split("\t") for line in (tmp_path / "c" / "failures.txt").read_text().splitlines())}
-    assert "missing" in failures["LJ001-0003"][1] and "silent" in failures["LJ001-0005"][1] and "8000" in failures["LJ001-0006"][1]
+    assert (
+        report["failures"] == {"metadata": 3, "recording": 6, "alignment": 1}
+        and report["train"]["utterances"] == 2
+    )
+    failures = {
+        row[0]: row[1:]
+        for row in (line.split("\t") for line in (tmp_path / "c" / "failures.txt").read_text().splitlines())
+    }
+    assert (
+        "missing" in failures["LJ001-0003"][1]
+        and "silent" in failures["LJ001-0005"][1]
+        and "8000" in failures["LJ001-0006"][1]
+    )
     assert failures["LJ001-0007"][0] == "alignment" and "second time" in failures["line 11"][1]
     corpus = load_corpus(tmp_path / "c" / "train")
-    assert [item.id for item in corpus] == ["LJ001-0001", "LJ001-0004"] and [item.text for item in corpus] == [spoken[0].text, spoken[3].text]
+    assert [item.id for item in corpus] == ["LJ001-0001", "LJ001-0004"] and [
+        item.text for item in corpus
+    ] == [spoken[0].text, spoken[3].text]
     assert json.loads((tmp_path / "c" / "report.json").read_text()) == report
 
 
 def test_parts_go_to_their_folders(spoken, tmp_path):
     names = ["LJ001-0001", sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]]
-    report = make_ljspeech(LJSpeechConfig(raw_folder(tmp_path / "raw", spoken[:3], names), tmp_path / "c"), progress=False)
+    report = make_ljspeech(
+        LJSpeechConfig(raw_folder(tmp_path / "raw", spoken[:3], names), tmp_path / "c"), progress=False
+    )
     assert [report[part]["utterances"] for part in lj.PARTS] == [1, 1, 1] and report["failures"] == {}
     for part, name, item in zip(lj.PARTS, names, spoken):
         made = load_corpus(tmp_path / "c" / part)[0]
         # peak normalisation: the file had half of full scale
-        assert made.id == name and np.abs(made.audio.astype(int)).max() > 0.9 * np.abs(item.audio.astype(int)).max()
+        assert (
+            made.id == name
+            and np.abs(made.audio.astype(int)).max() > 0.9 * np.abs(item.audio.astype(int)).max()
+        )
 
 
 def test_goes_on_after_an_interruption(spoken, tmp_path, monkeypatch):
@@ -288,15 +379,24 @@ def test_workers_change_nothing(spoken, tmp_path):
     assert manifest(tmp_path / "c1") == manifest(tmp_path / "c2") and len(manifest(tmp_path / "c1")) == 4
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(raw="none"), "metadata.csv"), (dict(out="file"), "choose another"), (dict(workers=0), "counts"), (dict(limit=0), "counts"), (dict(textgrids="raw"), "no .TextGrid files"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(raw="none"), "metadata.csv"),
+        (dict(out="file"), "choose another"),
+        (dict(workers=0), "counts"),
+        (dict(limit=0), "counts"),
+        (dict(textgrids="raw"), "no .TextGrid files"),
+    ],
+)
 def test_bad_settings(spoken, tmp_path, change, message):
     raw_folder(tmp_path / "raw", spoken[:1])
     (tmp_path / "file").write_text("")
     change = {name: tmp_path / value if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(UserError, match=message):
-        make_ljspeech(LJSpeechConfig(**{**dict(raw=tmp_path / "raw", out=tmp_path / "c"), **change}), progress=False)
+        make_ljspeech(
+            LJSpeechConfig(**{**dict(raw=tmp_path / "raw", out=tmp_path / "c"), **change}), progress=False
+        )
 
 
 def test_nothing_usable_is_an_error(spoken, tmp_path):
@@ -313,13 +413,26 @@ def test_nothing_usable_is_an_error(spoken, tmp_path):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_killed_and_started_again(spoken, tmp_path):
-    raw, out = raw_folder(tmp_path / "raw", spoken * 3, [f"LJ001-{i:04d}" for i in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)]), tmp_path / "c"
+    raw, out = (
+        raw_folder(
+            tmp_path / "raw", spoken * 3, [f"LJ001-{i:04d}" for i in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)]
+        ),
+        tmp_path / "c",
+    )
     words = [sys.executable, "-m", "dlpo_nb.ljspeech", str(raw), str(out)]
-    job = subprocess.Popen([*words, "--workers", "2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    job = subprocess.Popen(
+        [*words, "--workers", "2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     while job.poll() is None and not (out / "train" / "manifest.jsonl").exists():
         time.sleep(0.02)
     job.kill()
@@ -327,26 +440,43 @@ def test_killed_and_started_again(spoken, tmp_path):
     job.communicate(timeout=60)
     kept = manifest(out)
     make_ljspeech(LJSpeechConfig(raw, out), progress=False)
-    assert kept and manifest(out)[: len(kept)] == kept and [row["id"] for row in manifest(out)] == sorted(path.stem for path in (raw / "wavs").iterdir())
+    assert (
+        kept
+        and manifest(out)[: len(kept)] == kept
+        and [row["id"] for row in manifest(out)] == sorted(path.stem for path in (raw / "wavs").iterdir())
+    )
 
 
 def test_from_raw_folder_to_an_epoch(reader, tmp_path):
     made = run("dlpo_nb.ljspeech", str(reader), str(tmp_path / "c"), "--limit", "4")
-    assert made.returncode == 0 and made.stdout.startswith("train: 4 utterances (0.01 h), val: 0"), made.stderr
+    assert made.returncode == 0 and made.stdout.startswith("train: 4 utterances (0.01 h), val: 0"), (
+        made.stderr
+    )
     flags = "--arch tiny --steps 2 --batch-size 2 --window-frames 16 --held-out 1 --log-every 2 --sample-every 0".split()
-    trained = run("dlpo_nb.pretrain", "--corpus", str(tmp_path / "c" / "train"), "--out", str(tmp_path / "run"), *flags)
+    trained = run(
+        "dlpo_nb.pretrain", "--corpus", str(tmp_path / "c" / "train"), "--out", str(tmp_path / "run"), *flags
+    )
     assert trained.returncode == 0, trained.stderr
     row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert row["step"] == 2 and torch.isfinite(torch.tensor(row["loss"])) and (tmp_path / "run" / "base.safetensors").exists()
+    assert (
+        row["step"] == 2
+        and torch.isfinite(torch.tensor(row["loss"]))
+        and (tmp_path / "run" / "base.safetensors").exists()
+    )
 
 
 @pytest.mark.smoke
 def test_command_line_says_what_is_wrong(tmp_path):
     done = run("dlpo_nb.ljspeech", str(tmp_path), str(tmp_path / "c"))
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot read") and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: cannot read")
+        and "Traceback" not in done.stderr
+    )
 
 
 # other people's recordings
+
 
 def own_folder(path, spoken, lines, names, rate=22050, folder=""):
     (path / "wavs" / folder).mkdir(parents=True)
@@ -356,11 +486,15 @@ def own_folder(path, spoken, lines, names, rate=22050, folder=""):
     return path
 
 
-@pytest.mark.parametrize("line", ["{}|{}", "{}.wav|{}|{}", "wavs/{}.wav|{}|", "\ufeff{}|{}\r", "{}|{}\u2028 "])
+@pytest.mark.parametrize(
+    "line", ["{}|{}", "{}.wav|{}|{}", "wavs/{}.wav|{}|", "\ufeff{}|{}\r", "{}|{}\u2028 "]
+)
 def test_metadata_of_others(spoken, tmp_path, line):
     names = ["a1", "my clip 2", "v1.3"]
     lines = "\n".join(line.format(name, item.text, item.text) for name, item in zip(names, spoken)) + "\n"
-    report = make_ljspeech(LJSpeechConfig(own_folder(tmp_path / "raw", spoken, lines, names), tmp_path / "c"), progress=False)
+    report = make_ljspeech(
+        LJSpeechConfig(own_folder(tmp_path / "raw", spoken, lines, names), tmp_path / "c"), progress=False
+    )
     assert report["failures"] == {} and [report[part]["utterances"] for part in lj.PARTS] == [1, 1, 1]
 
 
@@ -380,12 +514,22 @@ def read_lines(folder, *lines):
 
 
 def test_bars_and_columns(tmp_path):
-    assert read_lines(tmp_path, "c1|Press A | B now.", "c2|My uncle drives taxis.") == ({"c1": "Press A | B now.", "c2": "My uncle drives taxis."}, [])
-    assert read_lines(tmp_path, "c1|Mr. A|mister a", "c2|B|", "c3|C", "c4|D|d") == ({"c1": "mister a", "c2": "B", "c3": "C", "c4": "d"}, [])
+    assert read_lines(tmp_path, "c1|Press A | B now.", "c2|My uncle drives taxis.") == (
+        {"c1": "Press A | B now.", "c2": "My uncle drives taxis."},
+        [],
+    )
+    assert read_lines(tmp_path, "c1|Mr. A|mister a", "c2|B|", "c3|C", "c4|D|d") == (
+        {"c1": "mister a", "c2": "B", "c3": "C", "c4": "d"},
+        [],
+    )
     assert read_lines(tmp_path, "c1 | Mr. A | mister a") == ({"c1": "mister a"}, [])
     texts, failures = read_lines(tmp_path, "a/1|A", "a_1|B", "a/1|C", "d|", "e")
     assert texts == {"a/1": "A"}
-    assert [*failures[:3]] == ["a_1 stands there a second time", "a/1 stands there a second time", "d has no text"] and "is not id|text" in failures[3]
+    assert [*failures[:3]] == [
+        "a_1 stands there a second time",
+        "a/1 stands there a second time",
+        "d has no text",
+    ] and "is not id|text" in failures[3]
 
 
 def test_stereo_and_letters_with_two_spellings(spoken, tmp_path):
@@ -396,7 +540,16 @@ def test_stereo_and_letters_with_two_spellings(spoken, tmp_path):
     assert lj.read_recording(raw, name).shape == (-(-len(both) // 2),)
 
 
-@pytest.mark.parametrize("name, why", [("../x", "outside the folder"), ("/etc/x", "outside the folder"), ("C:\\x", "outside the folder"), ("", "is empty"), ("a?b", "'?'")])
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("../x", "outside the folder"),
+        ("/etc/x", "outside the folder"),
+        ("C:\\x", "outside the folder"),
+        ("", "is empty"),
+        ("a?b", "'?'"),
+    ],
+)
 def test_what_is_wrong_with_an_id_is_said(tmp_path, name, why):
     (tmp_path / "metadata.csv").write_text(f"{name}|Hello.\nok|Hello.\n")
     _, [(where, kind, reason)] = lj.read_metadata(tmp_path)
@@ -407,9 +560,18 @@ def test_split_of_others():
     for count in (1, 2, 3, 12, 100, 20_000):
         split = lj.split_of([f"x{i}" for i in range(count)])
         sizes = {part: list(split.values()).count(part) for part in lj.PARTS}
-        assert sum(sizes.values()) == count and sizes["train"] > 0 and sizes["val"] <= 512 and sizes["test"] <= 200
+        assert (
+            sum(sizes.values()) == count
+            and sizes["train"] > 0
+            and sizes["val"] <= 512
+            and sizes["test"] <= 200
+        )
         assert (sizes["val"] > 0) == (count > 1) and (sizes["test"] > 0) == (count > 2)
-    assert split == lj.split_of([f"x{i}" for i in range(20_000)]) != lj.split_of([f"x{i}" for i in range(20_000)], seed=1)
+    assert (
+        split
+        == lj.split_of([f"x{i}" for i in range(20_000)])
+        != lj.split_of([f"x{i}" for i in range(20_000)], seed=1)
+    )
     assert lj.split_of(["LJ001-0001", "a", "b", "c"])["LJ001-0001"] == "train"
 
 
@@ -425,7 +587,9 @@ def test_parts_grow_and_nothing_changes_sides():
     assert sizes(lj.split_of(names[:3], before=lj.split_of(names[:2]))) == [1, 1, 1]
     # LJSpeech's own split is the same whatever was taken of it before
     lj_names = [f"LJ001-{i:04d}" for i in range(1, 187)]
-    assert lj.split_of(lj_names, before=lj.split_of(lj_names[:4])) == {name: lj.part_of(name) for name in lj_names}
+    assert lj.split_of(lj_names, before=lj.split_of(lj_names[:4])) == {
+        name: lj.part_of(name) for name in lj_names
+    }
 
 
 def test_a_limit_first_does_not_spoil_the_split(spoken, tmp_path):
@@ -439,7 +603,9 @@ def test_a_limit_first_does_not_spoil_the_split(spoken, tmp_path):
 @pytest.mark.parametrize("gone", ["val", "test", "both"])
 def test_a_part_without_any_recording_gets_one(spoken, tmp_path, gone):
     names = [f"r{i}" for i in range(4)]
-    raw = own_folder(tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)), names)
+    raw = own_folder(
+        tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)), names
+    )
     split, out = lj.split_of(names), tmp_path / "c"
     for name, part in split.items():
         if part != "train" and gone in (part, "both"):
@@ -447,9 +613,13 @@ def test_a_part_without_any_recording_gets_one(spoken, tmp_path, gone):
     report = make_ljspeech(LJSpeechConfig(raw, out), progress=False)
     made = [report[part]["utterances"] for part in lj.PARTS]
     # two for training are too few to give one away for test
-    assert made == {"val": [1, 1, 1], "test": [2, 1, 0], "both": [1, 1, 0]}[gone] and report["failures"] == {"recording": 4 - sum(made)}
+    assert made == {"val": [1, 1, 1], "test": [2, 1, 0], "both": [1, 1, 0]}[gone] and report["failures"] == {
+        "recording": 4 - sum(made)
+    }
     for part in lj.PARTS:
-        assert sorted(row["id"] for row in manifest(out, part)) == sorted(path.stem for path in (out / part / "audio").iterdir())
+        assert sorted(row["id"] for row in manifest(out, part)) == sorted(
+            path.stem for path in (out / part / "audio").iterdir()
+        )
         assert not made[lj.PARTS.index(part)] or load_corpus(out / part)
     assert make_ljspeech(LJSpeechConfig(raw, out), progress=False) == report
 
@@ -458,11 +628,15 @@ def test_the_only_recording_is_for_training(spoken, tmp_path):
     for name in ("a", "b"):
         raw = own_folder(tmp_path / name, spoken[:1], f"a|{spoken[0].text}\nb|{spoken[0].text}\n", [name])
         report = make_ljspeech(LJSpeechConfig(raw, tmp_path / f"c{name}"), progress=False)
-        assert [report[part]["utterances"] for part in lj.PARTS] == [1, 0, 0] and load_corpus(tmp_path / f"c{name}" / "train")[0].id == name
+        assert [report[part]["utterances"] for part in lj.PARTS] == [1, 0, 0] and load_corpus(
+            tmp_path / f"c{name}" / "train"
+        )[0].id == name
 
 
 def test_another_seed_needs_another_folder(spoken, tmp_path):
-    raw = own_folder(tmp_path / "raw", spoken[:2], "".join(f"{i}|{item.text}\n" for i, item in enumerate(spoken[:2])), "01")
+    raw = own_folder(
+        tmp_path / "raw", spoken[:2], "".join(f"{i}|{item.text}\n" for i, item in enumerate(spoken[:2])), "01"
+    )
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
     with pytest.raises(UserError, match="split with --seed 0"):
         make_ljspeech(LJSpeechConfig(raw, tmp_path / "c", seed=1), progress=False)
@@ -470,7 +644,9 @@ def test_another_seed_needs_another_folder(spoken, tmp_path):
 
 def test_what_comes_later_is_for_training(spoken, tmp_path):
     names = [f"r{i}" for i in range(4)]
-    raw = own_folder(tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names[:3], spoken)), names)
+    raw = own_folder(
+        tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names[:3], spoken)), names
+    )
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
     before = {part: [row["id"] for row in manifest(tmp_path / "c", part)] for part in lj.PARTS}
     (raw / "metadata.csv").write_text("".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)))
@@ -482,7 +658,9 @@ def test_what_comes_later_is_for_training(spoken, tmp_path):
 def test_a_full_stop_is_a_pause_in_training_too(spoken, tmp_path):
     names = [f"r{i}" for i in range(4)]
     texts = [spoken[0].text, spoken[1].text.rstrip("."), *(item.text for item in spoken[2:])]
-    raw = own_folder(tmp_path / "raw", spoken, "".join(f"{n}|{text}\n" for n, text in zip(names, texts)), names)
+    raw = own_folder(
+        tmp_path / "raw", spoken, "".join(f"{n}|{text}\n" for n, text in zip(names, texts)), names
+    )
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
     rows = [row for part in lj.PARTS for row in manifest(tmp_path / "c", part)]
     assert len(rows) == 4 and sum(row["phones"][-1] == "sp" for row in rows) == 3
@@ -501,19 +679,44 @@ def one_clip(spoken, path, phones, bounds, text=None, suffix=".TextGrid"):
 def test_textgrids_are_checked_against_the_text(spoken, tmp_path):
     item = spoken[0]
     bounds = np.cumsum([0, *item.frames]) / 73.5
-    report = make_ljspeech(one_clip(spoken, tmp_path / "a", item.phones, bounds, suffix=".textgrid"), progress=False)
+    report = make_ljspeech(
+        one_clip(spoken, tmp_path / "a", item.phones, bounds, suffix=".textgrid"), progress=False
+    )
     assert report["train"]["utterances"] == 1
-    for name, phones, text, kind in [("b", item.phones, "The kettle is whistling loudly now", "alignment"), ("d", ["HH", "AY1"], None, "alignment"),
-                                     ("e", [*item.phones[:-2], "spn", "sp"], None, "unknown word")]:
-        with pytest.raises(UserError, match="not those of the text" if kind == "alignment" else "--keep-unknown"):
-            make_ljspeech(one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False)
+    for name, phones, text, kind in [
+        ("b", item.phones, "The kettle is whistling loudly now", "alignment"),
+        ("d", ["HH", "AY1"], None, "alignment"),
+        ("e", [*item.phones[:-2], "spn", "sp"], None, "unknown word"),
+    ]:
+        with pytest.raises(
+            UserError, match="not those of the text" if kind == "alignment" else "--keep-unknown"
+        ):
+            make_ljspeech(
+                one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False
+            )
     for name, phones, text, reason in [
-            ("g", item.phones, "The lamp is broken, and nobody in the house.", "phones in a row are in the text alone"),
-            ("h", ["ʃ", *item.phones[1:]], None, "english_us_arpa")]:
+        (
+            "g",
+            item.phones,
+            "The lamp is broken, and nobody in the house.",
+            "phones in a row are in the text alone",
+        ),
+        ("h", ["ʃ", *item.phones[1:]], None, "english_us_arpa"),
+    ]:
         with pytest.raises(UserError, match=reason):
-            make_ljspeech(one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False)
-    lower = make_ljspeech(one_clip(spoken, tmp_path / "i", ["<SIL>", *(phone.lower() for phone in item.phones[1:-1]), "pau"], bounds), progress=False)
-    assert lower["train"]["utterances"] == 1 and manifest(tmp_path / "i" / "c")[0]["phones"][-2:] == [item.phones[-2], "sp"]
+            make_ljspeech(
+                one_clip(spoken, tmp_path / name, phones, bounds[: len(phones) + 1], text), progress=False
+            )
+    lower = make_ljspeech(
+        one_clip(
+            spoken, tmp_path / "i", ["<SIL>", *(phone.lower() for phone in item.phones[1:-1]), "pau"], bounds
+        ),
+        progress=False,
+    )
+    assert lower["train"]["utterances"] == 1 and manifest(tmp_path / "i" / "c")[0]["phones"][-2:] == [
+        item.phones[-2],
+        "sp",
+    ]
     config = one_clip(spoken, tmp_path / "f", [*item.phones[:3], "spn", *item.phones[4:]], bounds)
     config.keep_unknown = True
     assert make_ljspeech(config, progress=False)["train"]["utterances"] == 1
@@ -521,9 +724,13 @@ def test_textgrids_are_checked_against_the_text(spoken, tmp_path):
 
 def test_vowels_without_stress_get_it(spoken, tmp_path):
     item = spoken[0]
-    make_ljspeech(one_clip(spoken, tmp_path, lj.bare(item.phones), np.cumsum([0, *item.frames]) / 73.5), progress=False)
+    make_ljspeech(
+        one_clip(spoken, tmp_path, lj.bare(item.phones), np.cumsum([0, *item.frames]) / 73.5), progress=False
+    )
     phones = manifest(tmp_path / "c")[0]["phones"]
-    assert lj.bare(phones) == lj.bare(item.phones) and all(phone[-1].isdigit() for phone in phones if phone[0] in "AEIOU")
+    assert lj.bare(phones) == lj.bare(item.phones) and all(
+        phone[-1].isdigit() for phone in phones if phone[0] in "AEIOU"
+    )
 
 
 def test_a_limited_run_does_not_move_ljspeech_into_training(tmp_path):
@@ -531,4 +738,8 @@ def test_a_limited_run_does_not_move_ljspeech_into_training(tmp_path):
     config = LJSpeechConfig(tmp_path, tmp_path / "c")
     val, test = sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]
     assert lj.stored_split(config, ["LJ001-0001"]) == {"LJ001-0001": "train"}
-    assert lj.stored_split(config, ["LJ001-0001", val, test]) == {"LJ001-0001": "train", val: "val", test: "test"}
+    assert lj.stored_split(config, ["LJ001-0001", val, test]) == {
+        "LJ001-0001": "train",
+        val: "val",
+        test: "test",
+    }

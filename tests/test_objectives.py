@@ -10,6 +10,7 @@ only their order in the batch is checked here.
 Where an expectation is a polynomial of the noise, a cubature makes it exact; the Monte Carlo tests beside it have a fixed
 seed and a tolerance of four standard errors of their own sample.
 """
+
 import hashlib
 import json
 import math
@@ -19,7 +20,19 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from small_policy import TEXTS, TINY, ConvPolicy, FlawedPolicy, gradients_of, make_corpus, make_model, make_rollout, make_tuner, quiet, spoken
+from small_policy import (
+    TEXTS,
+    TINY,
+    ConvPolicy,
+    FlawedPolicy,
+    gradients_of,
+    make_corpus,
+    make_model,
+    make_rollout,
+    make_tuner,
+    quiet,
+    spoken,
+)
 from torch.distributions import Normal, kl_divergence as torch_kl
 
 from dlpo_nb import mdp
@@ -40,11 +53,20 @@ from dlpo_nb.rewards.base import Reward
 from dlpo_nb.rollouts import collect, make_advantages, score_audio, text_indices
 
 FULL = NoiseSchedule.linear()
-SCHEDULES = {"trailing 10": FULL.respaced(10), "geometric 10": FULL.respaced(10, "geometric"), "trailing 25": FULL.respaced(25)}
-METHODS = OBJECTIVES.names() # a method of your own, imported in 39, runs the tests of every method
+SCHEDULES = {
+    "trailing 10": FULL.respaced(10),
+    "geometric 10": FULL.respaced(10, "geometric"),
+    "trailing 25": FULL.respaced(25),
+}
+METHODS = OBJECTIVES.names()  # a method of your own, imported in 39, runs the tests of every method
 B = 0.3
 # on the chain: the paper's beta, and D both as a loss and inside the reward
-PAPER = {"dpok": dict(beta=1.0), "klinr": dict(beta=1.0), "dlpo": dict(beta=1.0, penalty_parts="both"), "onlydl": dict(beta=1.0, penalty_parts="both")}
+PAPER = {
+    "dpok": dict(beta=1.0),
+    "klinr": dict(beta=1.0),
+    "dlpo": dict(beta=1.0, penalty_parts="both"),
+    "onlydl": dict(beta=1.0, penalty_parts="both"),
+}
 
 
 def get_objective(name, **options):
@@ -96,7 +118,9 @@ class Cubature(GaussianChain):
 
 def exactly(objective, schedule, b=B, reward=identity, **options):
     """Expected gradient of the parts of the loss."""
-    found = chain_gradient(objective, Cubature(schedule), b, 2 * schedule.num_steps, seeded(), reward, **options)
+    found = chain_gradient(
+        objective, Cubature(schedule), b, 2 * schedule.num_steps, seeded(), reward, **options
+    )
     return {part: float(g.mean()) for part, g in found.items()}
 
 
@@ -107,7 +131,12 @@ def parameter(n, b=B):
 def step_scores(chain, x, b=B):
     """d log p / d b of each action, (K - 1, n)."""
     theta = parameter(len(x[0]), b)
-    return torch.stack([torch.autograd.grad(chain.log_prob(x, t, theta).sum(), theta)[0][:, 0] for t in range(1, chain.schedule.num_steps)])
+    return torch.stack(
+        [
+            torch.autograd.grad(chain.log_prob(x, t, theta).sum(), theta)[0][:, 0]
+            for t in range(1, chain.schedule.num_steps)
+        ]
+    )
 
 
 def test_numbers_of_the_list():
@@ -117,10 +146,22 @@ def test_numbers_of_the_list():
     h = 1e-3
     whole = (chain.expected_denoising(B + h) - chain.expected_denoising(B - h)) / (2 * h)
     numbers = {
-        -2.609827: chain.slope, -2.835470: chain.mean(1.0), -0.225643: -float(chain.shift[0]), -0.850641: chain.mean(B),
-        -9.659704: -2 * (chain.mean(B) - 1) * chain.slope, 0.634751: chain.variance, 6.748253: chain.kappa, 13.496506: 2 * chain.kappa,
-        0.607343: chain.path_kl(B), 4.048952: 2 * B * chain.kappa, -0.193371: chain.slope / (2 * chain.kappa),
-        0.074488: direct, 0.029301: score, 0.002533: whole - direct - score, 0.106322: whole}
+        -2.609827: chain.slope,
+        -2.835470: chain.mean(1.0),
+        -0.225643: -float(chain.shift[0]),
+        -0.850641: chain.mean(B),
+        -9.659704: -2 * (chain.mean(B) - 1) * chain.slope,
+        0.634751: chain.variance,
+        6.748253: chain.kappa,
+        13.496506: 2 * chain.kappa,
+        0.607343: chain.path_kl(B),
+        4.048952: 2 * B * chain.kappa,
+        -0.193371: chain.slope / (2 * chain.kappa),
+        0.074488: direct,
+        0.029301: score,
+        0.002533: whole - direct - score,
+        0.106322: whole,
+    }
     for number, ours in numbers.items():
         assert ours == pytest.approx(number, abs=5.1e-7)
 
@@ -132,7 +173,9 @@ def test_policy_gradient(schedule, estimator):
     chain, objective = GaussianChain(schedule), get_objective("ddpo", estimator=estimator)
     for b in (0.0, B, -1.0):
         assert exactly(objective, schedule, b)["total"] == pytest.approx(-chain.slope, rel=1e-9)
-        assert exactly(objective, schedule, b, curved)["total"] == pytest.approx(2 * (chain.mean(b) - 1) * chain.slope, rel=1e-9)
+        assert exactly(objective, schedule, b, curved)["total"] == pytest.approx(
+            2 * (chain.mean(b) - 1) * chain.slope, rel=1e-9
+        )
 
 
 def test_policy_gradient_of_a_thousand_steps():
@@ -142,13 +185,23 @@ def test_policy_gradient_of_a_thousand_steps():
     assert found == pytest.approx(-chain.slope + 2 * (chain.mean(B) - 1) * chain.slope, rel=1e-9)
 
 
-@pytest.mark.parametrize("n, schedule", [(200_000, SCHEDULES["trailing 10"]), (50_000, SCHEDULES["geometric 10"]), (20_000, SCHEDULES["trailing 25"])],
-                         ids=SCHEDULES)
+@pytest.mark.parametrize(
+    "n, schedule",
+    [
+        (200_000, SCHEDULES["trailing 10"]),
+        (50_000, SCHEDULES["geometric 10"]),
+        (20_000, SCHEDULES["trailing 25"]),
+    ],
+    ids=SCHEDULES,
+)
 def test_policy_gradient_by_sampling(n, schedule):
     """1, 2, Monte Carlo."""
     chain, objective = GaussianChain(schedule), get_objective("ddpo")
     agrees(chain_gradient(objective, chain, B, n, seeded(1), identity)["total"], -chain.slope)
-    agrees(chain_gradient(objective, chain, B, n, seeded(2), curved)["total"], 2 * (chain.mean(B) - 1) * chain.slope)
+    agrees(
+        chain_gradient(objective, chain, B, n, seeded(2), curved)["total"],
+        2 * (chain.mean(B) - 1) * chain.slope,
+    )
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES.values(), FULL], ids=[*SCHEDULES, "all 1000"])
@@ -165,7 +218,10 @@ def test_a_baseline_leaves_the_mean_and_lowers_the_variance():
     """4: by hand, 2 kappa (v0 + m0^2) + s^2 = 25.14 falls to 2 kappa v0 + s^2 = 15.38."""
     chain, variances = GaussianChain(), []
     with_baseline = 2 * chain.kappa * chain.variance + chain.slope**2
-    for normalise, exact in ((identity, with_baseline + 2 * chain.kappa * chain.mean(B) ** 2), (lambda r: advantages(r, "leave-one-out"), with_baseline)):
+    for normalise, exact in (
+        (identity, with_baseline + 2 * chain.kappa * chain.mean(B) ** 2),
+        (lambda r: advantages(r, "leave-one-out"), with_baseline),
+    ):
         g = chain_gradient(get_objective("ddpo"), chain, B, 200_000, seeded(), identity, normalise)["total"]
         agrees(g, -chain.slope)
         agrees((g - g.mean()).square(), exact)
@@ -177,11 +233,19 @@ def test_baselines_by_hand():
     """4: what each kind takes away from the rewards of two texts, and what it divides by."""
     r = torch.tensor([2.0, 2.5, 3.0, 4.5]).double()
     spread = torch.tensor([-0.25, 0.25, -0.75, 0.75]).double().square().mean().sqrt()
-    by_hand = {("raw", 2): [2.0, 2.5, 3.0, 4.5], ("leave-one-out", 2): [-0.5, 0.5, -1.5, 1.5], ("leave-one-out", 1): [-4 / 3, -2 / 3, 0.0, 2.0],
-               ("group", 2): (torch.tensor([-0.25, 0.25, -0.75, 0.75]) / spread).tolist(), ("batch", 2): ((r - 3) / r.std(correction=0)).tolist()}
+    by_hand = {
+        ("raw", 2): [2.0, 2.5, 3.0, 4.5],
+        ("leave-one-out", 2): [-0.5, 0.5, -1.5, 1.5],
+        ("leave-one-out", 1): [-4 / 3, -2 / 3, 0.0, 2.0],
+        ("group", 2): (torch.tensor([-0.25, 0.25, -0.75, 0.75]) / spread).tolist(),
+        ("batch", 2): ((r - 3) / r.std(correction=0)).tolist(),
+    }
     for (kind, group), exact in by_hand.items():
         assert advantages(r, kind, group).tolist() == pytest.approx(exact, abs=1e-7)
-    assert advantages(r, "batch", 1, clip=1.0).abs().max() == 1 and (advantages(torch.full((4,), 3.0), "group", 2) == 0).all()
+    assert (
+        advantages(r, "batch", 1, clip=1.0).abs().max() == 1
+        and (advantages(torch.full((4,), 3.0), "group", 2) == 0).all()
+    )
 
 
 def test_actions_that_were_never_taken_teach_nothing():
@@ -191,7 +255,9 @@ def test_actions_that_were_never_taken_teach_nothing():
     for t in range(1, 10):
         fresh = chain.schedule.step(chain.eps(x[t + 1], t, B), x[t + 1], t, normal(n, 1, seed=t), clip=False)
         theta = parameter(n)
-        log_prob = chain.schedule.transition_log_prob(chain.eps(x[t + 1], t, theta), x[t + 1], fresh, t, clip=False)
+        log_prob = chain.schedule.transition_log_prob(
+            chain.eps(x[t + 1], t, theta), x[t + 1], fresh, t, clip=False
+        )
         total = total + torch.autograd.grad((x[0][:, 0] * log_prob).sum(), theta)[0][:, 0]
     agrees(total, 0.0)
     assert abs(chain.slope) > 100 * float(total.std()) / n**0.5, "and it would be noticed if it had another"
@@ -205,7 +271,9 @@ def test_the_action_is_a_number():
         z = normal(50, 1, seed=t)
         eps = chain.eps(x[t + 1], t, theta)
         action = chain.schedule.step(eps, x[t + 1], t, z, clip=False)
-        (g,) = torch.autograd.grad(chain.schedule.transition_log_prob(eps, x[t + 1], action, t, clip=False).sum(), theta)
+        (g,) = torch.autograd.grad(
+            chain.schedule.transition_log_prob(eps, x[t + 1], action, t, clip=False).sum(), theta
+        )
         sigma = chain.schedule.posterior_variance[t].sqrt()
         torch.testing.assert_close(g, -chain.shift[t] / sigma * z, rtol=1e-9, atol=1e-9)
 
@@ -223,7 +291,9 @@ def test_log_prob_is_of_a_density(schedule, clip):
         line = torch.linspace(-9, 9, 181, dtype=torch.float64) * sigma
         grid = torch.cartesian_prod(line, line) + mean
         wide = [v.expand(len(grid), 2) for v in (eps, x_t)]
-        one = schedule.transition_log_prob(*(v[:181, :1] for v in wide), line[:, None] + mean[:, :1], t, clip=clip)
+        one = schedule.transition_log_prob(
+            *(v[:181, :1] for v in wide), line[:, None] + mean[:, :1], t, clip=clip
+        )
         assert float(torch.trapezoid(one.exp(), line)) == pytest.approx(1, abs=1e-8)
         two = schedule.transition_log_prob(*wide, grid, t, reduction="sum", clip=clip).view(181, 181)
         assert float(torch.trapezoid(torch.trapezoid(two.exp(), line), line)) == pytest.approx(1, abs=1e-8)
@@ -267,7 +337,10 @@ def test_ratio_has_mean_one():
         old, new = chain.log_prob(x, t, B), chain.log_prob(x, t, B + 0.2)
         agrees(clipped_ratio(new, old, torch.ones(n), 1e9)[1], 1.0)
         stats = objective(Replay(torch.ones(n).double(), new, old)).stats
-        assert stats["ratio/mean"].item() == pytest.approx((new - old).exp().mean().item()) and stats["ratio/clipfrac"] == 0
+        assert (
+            stats["ratio/mean"].item() == pytest.approx((new - old).exp().mean().item())
+            and stats["ratio/clipfrac"] == 0
+        )
 
 
 def test_published_clip_cases(data):
@@ -276,10 +349,16 @@ def test_published_clip_cases(data):
     assert len(cases) == 15
     for case in cases:
         log_prob = torch.tensor([case["logp_minus_old"]], dtype=torch.float64, requires_grad=True)
-        advantage = torch.tensor([case["advantage"]], dtype=torch.float64).clamp(-case["adv_clip"], case["adv_clip"])
-        loss = get_objective("ddpo", clip_range=case["clip"])(Replay(advantage, log_prob, torch.zeros(1).double())).total
+        advantage = torch.tensor([case["advantage"]], dtype=torch.float64).clamp(
+            -case["adv_clip"], case["adv_clip"]
+        )
+        loss = get_objective("ddpo", clip_range=case["clip"])(
+            Replay(advantage, log_prob, torch.zeros(1).double())
+        ).total
         loss.backward()
-        assert loss.item() == pytest.approx(case["loss"], abs=1e-12) and log_prob.grad.item() == pytest.approx(case["dloss_dlogp"], abs=1e-12)
+        assert loss.item() == pytest.approx(
+            case["loss"], abs=1e-12
+        ) and log_prob.grad.item() == pytest.approx(case["dloss_dlogp"], abs=1e-12)
 
 
 @pytest.mark.parametrize("clip", [1e-4, 0.2])
@@ -292,13 +371,19 @@ def test_clipped_ratio_is_the_literal_maximum(clip):
     rho = (log_prob - old).exp()
     literal = torch.maximum(-weight * rho, -weight * rho.clamp(1 - clip, 1 + clip))
     torch.testing.assert_close(-weight * factor, literal, rtol=1e-14, atol=0)
-    ours, theirs = (torch.autograd.grad(v.sum(), d, retain_graph=True)[0] for v in (-weight * factor, literal))
+    ours, theirs = (
+        torch.autograd.grad(v.sum(), d, retain_graph=True)[0] for v in (-weight * factor, literal)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
     outside = (ratio - 1).abs() > clip
-    assert torch.equal(stopped, outside & (weight.sign() == (ratio - 1).sign())) and torch.equal(stopped, ours == 0)
+    assert torch.equal(stopped, outside & (weight.sign() == (ratio - 1).sign())) and torch.equal(
+        stopped, ours == 0
+    )
     assert 100 < stopped.sum() < outside.sum() < 1900
     pull, hold = weight - 1.5, torch.full_like(weight, 1.5)
-    loss = get_objective("klinr", clip_range=clip, beta=1.0)(Replay(pull, log_prob, old, in_reward_penalty=-hold))
+    loss = get_objective("klinr", clip_range=clip, beta=1.0)(
+        Replay(pull, log_prob, old, in_reward_penalty=-hold)
+    )
     torch.testing.assert_close(loss.total, literal.mean(), rtol=1e-12, atol=1e-12)
 
 
@@ -308,10 +393,15 @@ def test_running_buffer_of_the_original(data):
     for interrupted in (False, True):
         buffer = TextBuffer(tracked["buffer_size"], tracked["min_count"])
         for update in tracked["sequence"]:
-            ours = advantages(torch.tensor(update["rewards"]).double(), "buffer", texts=update["prompts"], buffer=buffer)
+            ours = advantages(
+                torch.tensor(update["rewards"]).double(), "buffer", texts=update["prompts"], buffer=buffer
+            )
             assert ours.tolist() == pytest.approx(update["advantages"], abs=1e-6)
             if interrupted:
-                state, buffer = json.loads(json.dumps(buffer.state_dict())), TextBuffer(tracked["buffer_size"], tracked["min_count"])
+                state, buffer = (
+                    json.loads(json.dumps(buffer.state_dict())),
+                    TextBuffer(tracked["buffer_size"], tracked["min_count"]),
+                )
                 buffer.load_state_dict(state)
 
 
@@ -335,11 +425,20 @@ def test_forms_of_the_divergence():
     schedule, mask = SCHEDULES["geometric 10"], torch.arange(40) < torch.tensor([[40], [7], [23]])
     eps, ref, x_t = normal(3, 3, 40)
     d, n = (eps - ref) * mask, mask.sum(1)
-    by_hand = {"mse": d.square().sum(1), "l1": d.abs().sum(1), "l2": d.square().sum(1).sqrt(), "exact": schedule.kl(eps, ref, x_t, 4, mask, "sum")}
+    by_hand = {
+        "mse": d.square().sum(1),
+        "l1": d.abs().sum(1),
+        "l2": d.square().sum(1).sqrt(),
+        "exact": schedule.kl(eps, ref, x_t, 4, mask, "sum"),
+    }
     for form in KL_FORMS:
-        mean, total = (kl_divergence(schedule, eps, ref, x_t, 4, mask, reduction, form) for reduction in ("mean", "sum"))
+        mean, total = (
+            kl_divergence(schedule, eps, ref, x_t, 4, mask, reduction, form) for reduction in ("mean", "sum")
+        )
         torch.testing.assert_close(total, by_hand[form], rtol=1e-14, atol=0)
-        torch.testing.assert_close(mean, total / (n.double().sqrt() if form == "l2" else n), rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            mean, total / (n.double().sqrt() if form == "l2" else n), rtol=1e-14, atol=0
+        )
         start = eps.clone().requires_grad_()
         found = kl_divergence(schedule, start, eps, x_t, 4, mask, form=form)
         (g,) = torch.autograd.grad(found.sum(), start)
@@ -366,8 +465,12 @@ def test_both_brakes_are_absent_at_the_start(schedule, b):
         found = chain_gradient(get_objective(name, alpha=2.0), chain, b, 500, seeded(), identity, b_ref=b)
         assert (found["penalty"] == 0).all() and torch.equal(found["total"], 2 * ddpo)
     x = chain.rollout(b, 500, seeded())
-    for replayed in chain_slices(get_objective("klinr"), chain, parameter(500, b), x, x[0][:, 0], seeded(), b_ref=b):
-        assert (replayed.in_reward_penalty == 0).all() and torch.equal(replayed.advantage, x[0][:, 0]), "no log-ratio, and the reward as it was"
+    for replayed in chain_slices(
+        get_objective("klinr"), chain, parameter(500, b), x, x[0][:, 0], seeded(), b_ref=b
+    ):
+        assert (replayed.in_reward_penalty == 0).all() and torch.equal(replayed.advantage, x[0][:, 0]), (
+            "no log-ratio, and the reward as it was"
+        )
 
 
 @each_schedule
@@ -392,7 +495,11 @@ def test_where_the_brakes_stop(schedule, name):
     """14: b* = b_ref + alpha s / (2 beta kappa), reached by descent on exact gradients; there the gradient is 0."""
     chain = GaussianChain(schedule)
     for alpha, beta, b_ref in ((1.0, 1.0, 0.0), (2.0, 0.5, 0.25)):
-        objective, optimum, b = get_objective(name, alpha=alpha, beta=beta), b_ref + alpha * chain.slope / (2 * beta * chain.kappa), 0.0
+        objective, optimum, b = (
+            get_objective(name, alpha=alpha, beta=beta),
+            b_ref + alpha * chain.slope / (2 * beta * chain.kappa),
+            0.0,
+        )
         for _ in range(12):
             b -= 0.9 / (2 * beta * chain.kappa) * exactly(objective, schedule, b, b_ref=b_ref)["total"]
         assert b == pytest.approx(optimum, abs=1e-6)
@@ -402,7 +509,10 @@ def test_where_the_brakes_stop(schedule, name):
 def test_log_ratio_by_sampling():
     """16, 18: E[k score] = 4.048952, E[k] = 0.607343; E[exp(-k)] = 1, and the k3 estimator is never negative."""
     chain, n = GaussianChain(), 200_000
-    agrees(chain_gradient(get_objective("klinr"), chain, B, n, seeded(), identity)["penalty"], 2 * B * chain.kappa)
+    agrees(
+        chain_gradient(get_objective("klinr"), chain, B, n, seeded(), identity)["penalty"],
+        2 * B * chain.kappa,
+    )
     x = chain.rollout(B, n, seeded(1))
     k = sum(chain.log_prob(x, t, B) - chain.log_prob(x, t, 0.0) for t in range(1, 10))
     agrees(k, chain.path_kl(B))
@@ -416,7 +526,9 @@ def analytic_in_reward(chain, x):
     """Gradient of each sample with the detached analytic KL in the log-ratio's place."""
     theta, actions = parameter(len(x[0])), range(1, chain.schedule.num_steps)
     analytic, total = sum(chain.kl(x, t, B) for t in actions), 0
-    for replayed in chain_slices(get_objective("klinr"), chain, theta, x, torch.zeros(len(x[0])).double(), seeded()):
+    for replayed in chain_slices(
+        get_objective("klinr"), chain, theta, x, torch.zeros(len(x[0])).double(), seeded()
+    ):
         loss = get_objective("klinr")(replace(replayed, in_reward_penalty=analytic))
         total = total + torch.autograd.grad(len(x[0]) * loss.total, theta)[0][:, 0]
     return total
@@ -442,13 +554,25 @@ def denoising_parts(schedule, b, **options):
     K = schedule.num_steps
     x, noise = chain.rollout(b, extra=1), chain.noise(extra=1)[:, [K]]
     theta = parameter(len(noise), b)
-    objectives = {part: get_objective("dlpo", alpha=0.0, penalty_parts="direct" if part == "direct" else "reward", **options) for part in found}
+    objectives = {
+        part: get_objective(
+            "dlpo", alpha=0.0, penalty_parts="direct" if part == "direct" else "reward", **options
+        )
+        for part in found
+    }
     for k in range(K):
         d = chain.denoising(x[0], theta, torch.full((len(noise),), k), noise)
         slices = {"direct": [Replay(None, denoising=d)], "score": []}
         for t in range(1, K):
             log_prob = chain.log_prob(x, t, theta)
-            slices["score"].append(Replay(torch.zeros(len(noise)).double(), log_prob, log_prob.detach(), in_reward_penalty=d.detach()))
+            slices["score"].append(
+                Replay(
+                    torch.zeros(len(noise)).double(),
+                    log_prob,
+                    log_prob.detach(),
+                    in_reward_penalty=d.detach(),
+                )
+            )
         for part, objective in objectives.items():
             loss = sum(objective(s).total for s in slices[part])
             found[part] += float(torch.autograd.grad(loss, theta, retain_graph=True)[0].sum()) / K
@@ -459,10 +583,14 @@ def brute_denoising(schedule, b):
     """E[D] on the policy's own samples, by cubature."""
     chain, K = Cubature(schedule), schedule.num_steps
     x, noise = chain.rollout(b, extra=1), chain.noise(extra=1)[:, [K]]
-    return sum(float(chain.denoising(x[0], b, torch.full((len(noise),), k), noise).mean()) for k in range(K)) / K
+    return (
+        sum(float(chain.denoising(x[0], b, torch.full((len(noise),), k), noise).mean()) for k in range(K)) / K
+    )
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES["trailing 10"], SCHEDULES["geometric 10"]], ids=["trailing 10", "geometric 10"])
+@pytest.mark.parametrize(
+    "schedule", [SCHEDULES["trailing 10"], SCHEDULES["geometric 10"]], ids=["trailing 10", "geometric 10"]
+)
 def test_direct_and_score_part(schedule):
     """22, 23, 24: each part, and with the remainder of the last step their sum is what brute force finds."""
     chain = GaussianChain(schedule)
@@ -470,7 +598,9 @@ def test_direct_and_score_part(schedule):
         direct, score = denoising_parts(schedule, b, beta=2.0)
         assert (direct, score) == pytest.approx([2 * slope for slope in chain.denoising_slopes(b)], rel=1e-9)
         brute = (brute_denoising(schedule, b + 0.1) - brute_denoising(schedule, b - 0.1)) / 0.2
-        remainder = float((2 * (chain.overlap * chain.mean(b) + b) * chain.overlap).mean()) * -float(chain.shift[0])
+        remainder = float((2 * (chain.overlap * chain.mean(b) + b) * chain.overlap).mean()) * -float(
+            chain.shift[0]
+        )
         assert (direct + score) / 2 + remainder == pytest.approx(brute, abs=1e-9)
         assert brute_denoising(schedule, b) == pytest.approx(chain.expected_denoising(b), rel=1e-9)
 
@@ -502,7 +632,11 @@ def test_the_score_part_on_data_is_noise_and_is_refused():
 def test_a_step_on_the_penalty_lowers_it(schedule):
     """26: on fixed noise, also where log-probabilities are negative on most of the steps."""
     chain, n = GaussianChain(schedule), 2000
-    x, k, noise = chain.rollout(B, n, seeded()), torch.randint(0, schedule.num_steps, (n,), generator=seeded(1)), normal(n, 1, seed=2)
+    x, k, noise = (
+        chain.rollout(B, n, seeded()),
+        torch.randint(0, schedule.num_steps, (n,), generator=seeded(1)),
+        normal(n, 1, seed=2),
+    )
     theta = torch.tensor(B, dtype=torch.float64, requires_grad=True)
     before = chain.denoising(x[0], theta, k, noise)
     (g,) = torch.autograd.grad(get_objective("dlpo", alpha=0.0)(Replay(None, denoising=before)).total, theta)
@@ -516,19 +650,27 @@ def test_a_step_on_the_penalty_lowers_it(schedule):
 @pytest.mark.parametrize("name", ["dlpo", "onlydl", "dpok", "klinr"])
 def test_gradients_are_linear_in_beta(name):
     """27."""
-    zero, one, two = (chain_gradient(get_objective(name, beta=beta), GaussianChain(), B, 500, seeded(), identity)["total"] for beta in (0.0, 1.0, 2.0))
+    zero, one, two = (
+        chain_gradient(get_objective(name, beta=beta), GaussianChain(), B, 500, seeded(), identity)["total"]
+        for beta in (0.0, 1.0, 2.0)
+    )
     assert (one - zero).abs().max() > 0.1
     torch.testing.assert_close(two - one, one - zero, rtol=0, atol=1e-12 * float(two.abs().max()))
 
 
 def test_limits_of_dlpo_on_the_chain():
     """20, 21: DLPO without penalty is DDPO, DLPO without reward is OnlyDL, and that knows no reward; bit for bit."""
+
     def found(name, reward=identity, **options):
-        return chain_gradient(get_objective(name, **options), GaussianChain(), B, 500, seeded(), reward)["total"]
+        return chain_gradient(get_objective(name, **options), GaussianChain(), B, 500, seeded(), reward)[
+            "total"
+        ]
 
     assert torch.equal(found("dlpo", beta=0.0), found("ddpo"))
     assert torch.equal(found("dlpo", alpha=0.0, beta=0.7), found("onlydl", beta=0.7))
-    assert torch.equal(found("onlydl"), found("onlydl", curved)) and not torch.equal(found("dlpo"), found("dlpo", curved))
+    assert torch.equal(found("onlydl"), found("onlydl", curved)) and not torch.equal(
+        found("dlpo"), found("dlpo", curved)
+    )
 
 
 def test_reward_weighted_regression():
@@ -536,7 +678,9 @@ def test_reward_weighted_regression():
     d = normal(6).square().requires_grad_()
     raw, softmax = get_objective("rwr", rwr_weights="raw"), get_objective("rwr", tau=0.5)
     loss = raw(Replay(raw.weights_of(torch.ones(6).double(), None), denoising=d))
-    assert torch.equal(loss.total, d.mean()) and torch.equal(torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0])
+    assert torch.equal(loss.total, d.mean()) and torch.equal(
+        torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0]
+    )
     for j in range(6):
         one = torch.zeros(6).double()
         one[j] = 6
@@ -544,7 +688,9 @@ def test_reward_weighted_regression():
         assert torch.equal(g, (one > 0).double()), "sample j alone"
     rewards = normal(6, seed=1)
     weights = softmax.weights_of(rewards, None)
-    torch.testing.assert_close(weights, (rewards / 0.5).exp() / (rewards / 0.5).exp().mean(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        weights, (rewards / 0.5).exp() / (rewards / 0.5).exp().mean(), rtol=1e-13, atol=0
+    )
     torch.testing.assert_close(softmax.weights_of(rewards + 3, None), weights, rtol=1e-13, atol=0)
     with pytest.raises(UserError, match="softmax"):
         raw.weights_of(torch.tensor([1.0, -0.1]), None)
@@ -557,8 +703,13 @@ def test_released_is_the_gradient_of_d():
         signal = objective.weights_of(rewards, lambda r: r)
         assert (signal == 0).all()
         loss = objective(Replay(signal, denoising=d))
-        assert loss.policy is None and torch.equal(torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0])
-    gradients = [chain_gradient(objective, GaussianChain(), B, 100, seeded(), reward, speech="data")["total"] for reward in (identity, curved)]
+        assert loss.policy is None and torch.equal(
+            torch.autograd.grad(loss.total, d)[0], torch.autograd.grad(d.mean(), d)[0]
+        )
+    gradients = [
+        chain_gradient(objective, GaussianChain(), B, 100, seeded(), reward, speech="data")["total"]
+        for reward in (identity, curved)
+    ]
     assert torch.equal(*gradients)
 
 
@@ -566,10 +717,24 @@ def test_a_constant_in_the_reward():
     """31: normalised advantages do not see it; in raw mode each sample's gradient changes by k times its score, whose mean is 0."""
     chain, k = GaussianChain(), 3.7
     for kind in ("batch", "group", "leave-one-out"):
-        one, other = (chain_gradient(get_objective("ddpo"), chain, B, 400, seeded(), lambda x0: x0 + c, lambda r: advantages(r, kind, 4))["total"] for c in (0, k))
+        one, other = (
+            chain_gradient(
+                get_objective("ddpo"),
+                chain,
+                B,
+                400,
+                seeded(),
+                lambda x0: x0 + c,
+                lambda r: advantages(r, kind, 4),
+            )["total"]
+            for c in (0, k)
+        )
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(one.abs().max()))
     x = chain.rollout(B, 20_000, seeded())
-    one, other = (chain_gradient(get_objective("ddpo"), chain, B, 20_000, seeded(), lambda x0: x0 + c)["total"] for c in (0, k))
+    one, other = (
+        chain_gradient(get_objective("ddpo"), chain, B, 20_000, seeded(), lambda x0: x0 + c)["total"]
+        for c in (0, k)
+    )
     torch.testing.assert_close(one - other, k * step_scores(chain, x).sum(0), rtol=0, atol=1e-11)
     agrees(other - one, 0.0)
 
@@ -581,7 +746,9 @@ def test_spacing_that_rests_on_one_step_warns():
     kappa = lone.shift.square()[1:] / (2 * lone.schedule.posterior_variance[1:])
     assert float(kappa.max()) == pytest.approx(32167, abs=1) and lone.kappa == pytest.approx(32174, abs=1)
     same, x = GaussianChain(FULL.respaced(1000)), GaussianChain(FULL).rollout(B, 5, seeded())
-    assert all(torch.equal(same.log_prob(x, t, B), GaussianChain(FULL).log_prob(x, t, B)) for t in (1, 2, 500, 999))
+    assert all(
+        torch.equal(same.log_prob(x, t, B), GaussianChain(FULL).log_prob(x, t, B)) for t in (1, 2, 500, 999)
+    )
     for schedule in SCHEDULES.values():
         assert (1 - schedule.betas).prod().item() == pytest.approx(FULL.alphas_cumprod[-1].item(), rel=1e-12)
 
@@ -597,7 +764,9 @@ def bandit(objective, theta, reward):
     x, own = theta + SIGMA * NODES, torch.full((6,), theta, dtype=torch.float64, requires_grad=True)
     log_prob = Normal(own, SIGMA).log_prob(x)
     k = (log_prob - Normal(THETA0, SIGMA).log_prob(x)).detach() if "log_ratio" in objective.needs else None
-    loss = objective(Replay(reward(x), log_prob, log_prob.detach(), (own - THETA0).square() / (2 * SIGMA**2), k))
+    loss = objective(
+        Replay(reward(x), log_prob, log_prob.detach(), (own - THETA0).square() / (2 * SIGMA**2), k)
+    )
     return torch.autograd.grad(6 * loss.total, own)[0]
 
 
@@ -608,17 +777,23 @@ def expected(values):
 def test_bandit():
     """The bandit: gradient a + 2 b theta, variances 2 + theta^2 / sigma^2 and 2, the brakes' fixed point, and DDPO without one."""
     ddpo, p, q = get_objective("ddpo"), 0.5, -0.7
-    assert expected(bandit(ddpo, THETA, lambda x: p * x + q * x * x)) == pytest.approx(-(p + 2 * q * THETA), abs=1e-12)
+    assert expected(bandit(ddpo, THETA, lambda x: p * x + q * x * x)) == pytest.approx(
+        -(p + 2 * q * THETA), abs=1e-12
+    )
     for reward, variance in ((identity, 2 + THETA**2 / SIGMA**2), (lambda x: x - THETA, 2)):
         g = bandit(ddpo, THETA, reward)
-        assert expected(g) == pytest.approx(-1, abs=1e-12) and expected((g + 1).square()) == pytest.approx(variance, abs=1e-11)
+        assert expected(g) == pytest.approx(-1, abs=1e-12) and expected((g + 1).square()) == pytest.approx(
+            variance, abs=1e-11
+        )
     alpha, beta = 1.5, 0.5
     for name in ("dpok", "klinr"):
         objective = get_objective(name, alpha=alpha, beta=beta)
         for theta in (THETA0, THETA, THETA0 + alpha * SIGMA**2 / beta):
             exact = -alpha + beta * (theta - THETA0) / SIGMA**2
             assert expected(bandit(objective, theta, identity)) == pytest.approx(exact, abs=1e-12)
-    assert [expected(bandit(ddpo, theta, identity)) for theta in (0.0, 10.0, 1000.0)] == pytest.approx([-1] * 3, abs=1e-9), "no end"
+    assert [expected(bandit(ddpo, theta, identity)) for theta in (0.0, 10.0, 1000.0)] == pytest.approx(
+        [-1] * 3, abs=1e-9
+    ), "no end"
 
 
 # --- the loop, on a tiny WaveGrad 2 in float64 -----------------------------------------------------------------------
@@ -632,8 +807,20 @@ def make(method, model=None, **options):
     """A tuner with small models; recordings where the method asks for them."""
     model = model or exact_model()
     kind = build(method)
-    source = "none" if "denoising" not in kind.needs else options.get("denoising_source", "sample" if method in ("dlpo", "onlydl") else kind.denoising_source)
-    return make_tuner(model, corpus=make_corpus(model.width) if source == "data" else None, method=method, denoising_frames=3, **options)
+    source = (
+        "none"
+        if "denoising" not in kind.needs
+        else options.get(
+            "denoising_source", "sample" if method in ("dlpo", "onlydl") else kind.denoising_source
+        )
+    )
+    return make_tuner(
+        model,
+        corpus=make_corpus(model.width) if source == "data" else None,
+        method=method,
+        denoising_frames=3,
+        **options,
+    )
 
 
 def stray(tuner, amount=0.05, seed=5):
@@ -658,7 +845,9 @@ def total(gradients):
 def by_hand(tuner, value):
     """Gradient of a scalar in the tuner's parameters, as one vector."""
     found = torch.autograd.grad(value, tuner.parameters, allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(tuner.parameters, found)])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(tuner.parameters, found)]
+    )
 
 
 def close(a, b, tolerance=1e-12):
@@ -669,11 +858,20 @@ def close(a, b, tolerance=1e-12):
 def weighted_score(tuner, trajectories, weights):
     """Gradient of sum_i w_i log p_i over the trained steps, weights (batch,)."""
     weights = weights.split([len(t.audio) for t in trajectories])
-    return by_hand(tuner, sum((w * replay(tuner.model, tuner.schedule, t, s)[0]).sum() for t, w in zip(trajectories, weights) for s in range(len(t.steps))))
+    return by_hand(
+        tuner,
+        sum(
+            (w * replay(tuner.model, tuner.schedule, t, s)[0]).sum()
+            for t, w in zip(trajectories, weights)
+            for s in range(len(t.steps))
+        ),
+    )
 
 
 def fingerprint(module):
-    return hashlib.sha256(b"".join(v.detach().numpy().tobytes() for v in module.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(v.detach().numpy().tobytes() for v in module.state_dict().values())
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -684,16 +882,24 @@ def test_the_loop_scores_the_actions_that_were_taken(fork, reduction):
     for t in collect(tuner, 0):
         for s in range(3):
             assert torch.equal(replay(tuner.model, tuner.schedule, t, s)[0].detach(), t.log_prob[s])
-        assert torch.equal(t.x_prev[0], t.x_t[1]) and torch.equal(t.x_prev[1], t.x_t[2]) and t.steps == [3, 2, 1]
+        assert (
+            torch.equal(t.x_prev[0], t.x_t[1]) and torch.equal(t.x_prev[1], t.x_t[2]) and t.steps == [3, 2, 1]
+        )
         level = tuner.schedule.level(0).expand(2, 1)
-        eps = tuner.model.predict_noise(t.x_prev[2], t.conditioning.hidden.repeat(2, 1, 1), level, t.conditioning.frames.repeat(2))
+        eps = tuner.model.predict_noise(
+            t.x_prev[2], t.conditioning.hidden.repeat(2, 1, 1), level, t.conditioning.frames.repeat(2)
+        )
         assert torch.equal(tuner.schedule.mean(eps, t.x_prev[2], 0).clamp(-1, 1 - 2**-10), t.audio)
     metrics = tuner.episode()
-    assert metrics["ratio/mean"] == 1.0 and metrics["ratio/clipfrac"] == 0.0 and metrics["grad_norm/policy"] > 0
+    assert (
+        metrics["ratio/mean"] == 1.0 and metrics["ratio/clipfrac"] == 0.0 and metrics["grad_norm/policy"] > 0
+    )
 
 
 @pytest.mark.parametrize("method", ["ddpo", "dlpo", "dpok", "klinr"])
-@pytest.mark.parametrize("options", [dict(reduction="sum"), dict(trainable="all"), dict(train_steps="random:2", fork=0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(reduction="sum"), dict(trainable="all"), dict(train_steps="random:2", fork=0)], ids=str
+)
 def test_the_first_ratio_is_exactly_one(method, options):
     """5, 6 for every way to run the loop."""
     tuner = make(method, **options)
@@ -706,7 +912,10 @@ def test_gradient_of_the_loop_is_that_of_the_equation():
     tuner = make("ddpo")
     t = collect(tuner, 0)
     advantage = advantages(score_audio(tuner, t), "group", 2)
-    found = {estimator: gathered(make("ddpo", estimator=estimator))[0].part("policy") for estimator in ("ratio", "score")}
+    found = {
+        estimator: gathered(make("ddpo", estimator=estimator))[0].part("policy")
+        for estimator in ("ratio", "score")
+    }
     assert torch.equal(found["ratio"], found["score"]) and found["ratio"].norm() > 0.1
     close(found["ratio"], -weighted_score(tuner, t, advantage) / 4)
 
@@ -714,8 +923,15 @@ def test_gradient_of_the_loop_is_that_of_the_equation():
 @pytest.mark.parametrize("form", KL_FORMS)
 def test_dpok_begins_as_ddpo(form):
     """12 in the loop: KL and its gradient exactly 0, the rest alpha x DDPO's, bit for bit; the same weights after the update."""
-    (dpok, stats), (ddpo, _) = gathered(make("dpok", kl_form=form, alpha=2.0, beta=3.0)), gathered(make("ddpo"))
-    assert stats["kl/policy_states"] == 0.0 and (dpok.part("penalty") == 0).all() and torch.equal(total(dpok), 2 * total(ddpo))
+    (dpok, stats), (ddpo, _) = (
+        gathered(make("dpok", kl_form=form, alpha=2.0, beta=3.0)),
+        gathered(make("ddpo")),
+    )
+    assert (
+        stats["kl/policy_states"] == 0.0
+        and (dpok.part("penalty") == 0).all()
+        and torch.equal(total(dpok), 2 * total(ddpo))
+    )
     one, other = make("dpok", kl_form=form, beta=3.0), make("ddpo")
     assert one.episode()["kl"] == 0.0 and other.episode()["reward/mean"]
     assert fingerprint(one.model) == fingerprint(other.model)
@@ -778,7 +994,10 @@ def test_both_parts_of_dlpo_in_the_loop():
     centred = (d.view(2, 2) - d.view(2, 2).mean(1, keepdim=True)).flatten().detach()
     score = 0.7 * weighted_score(tuner, t, centred) / 4
     for parts, exact in (("direct", direct), ("reward", score), ("both", direct + score)):
-        found = {beta: gathered(make("dlpo", beta=beta, denoising_steps=2, penalty_parts=parts))[0] for beta in (0.7, 1.4)}
+        found = {
+            beta: gathered(make("dlpo", beta=beta, denoising_steps=2, penalty_parts=parts))[0]
+            for beta in (0.7, 1.4)
+        }
         close(found[0.7].part("penalty"), exact)
         close(found[1.4].part("penalty"), 2 * exact)
         close(found[0.7].part("policy"), gathered(make("ddpo"))[0].part("policy"))
@@ -790,8 +1009,12 @@ def test_a_step_of_the_loop_lowers_d(source):
     tuner = make("dlpo", alpha=0.0, beta=0.7, penalty_parts="direct", denoising_source=source)
     t = collect(tuner, 0)
     g = total(gathered(tuner, t)[0])
+
     def current():
-        return torch.cat([d.detach() for _, _, d, _ in denoising_losses(tuner, t, source, 0, 0)]).mean().item()
+        return (
+            torch.cat([d.detach() for _, _, d, _ in denoising_losses(tuner, t, source, 0, 0)]).mean().item()
+        )
+
     before, rate = current(), 1e-4
     with torch.no_grad():
         for p, step in zip(tuner.parameters, g.split([p.numel() for p in tuner.parameters])):
@@ -818,17 +1041,21 @@ def test_the_network_is_told_the_level_of_what_it_sees():
     for t in range(1000):
         policy.heard = []
         windowed_loss(policy, audio, hidden, frames, tuner.levels, 0, (0, "key", t), t)
-        (x, level), = policy.heard
+        ((x, level),) = policy.heard
         assert torch.equal(level, FULL.level(t).double().expand(2, 1))
         noise = keyed_noise([(0, "key", t, 0), (0, "key", t, 1)], [8, 8])
         assert torch.equal(x, level * audio + (1 - level**2).sqrt() * noise)
     policy.heard = []
     (t, *_), schedule = collect(tuner, 0), tuner.schedule
-    assert [float(level[0]) for _, level in policy.heard[:6]] == [float(schedule.level(s)) for s in range(5, -1, -1)]
+    assert [float(level[0]) for _, level in policy.heard[:6]] == [
+        float(schedule.level(s)) for s in range(5, -1, -1)
+    ]
     policy.heard = []
     for s in range(3):
         replay(policy, schedule, t, s)
-        assert torch.equal(policy.heard[s][0], t.x_t[s]) and policy.heard[s][1][0] == schedule.level(t.steps[s])
+        assert torch.equal(policy.heard[s][0], t.x_t[s]) and policy.heard[s][1][0] == schedule.level(
+            t.steps[s]
+        )
 
 
 def test_rwr_in_the_loop():
@@ -864,16 +1091,32 @@ def test_released_in_the_loop():
 @pytest.mark.parametrize("kind", ["group", "batch", "leave-one-out", "buffer", "raw"])
 def test_a_constant_in_the_reward_in_the_loop(kind):
     """31 in the loop."""
-    tuner, rewards, k = make("ddpo", advantage=kind, buffer_min_count=4), torch.tensor([0.5, -1.0, 2.0, 0.25]).double(), 3.7
+    tuner, rewards, k = (
+        make("ddpo", advantage=kind, buffer_min_count=4),
+        torch.tensor([0.5, -1.0, 2.0, 0.25]).double(),
+        3.7,
+    )
     t = collect(tuner, 0)
-    one, other = (total(gathered(make("ddpo", advantage=kind, buffer_min_count=4), t, rewards + c)[0]) for c in (0, k))
+    one, other = (
+        total(gathered(make("ddpo", advantage=kind, buffer_min_count=4), t, rewards + c)[0]) for c in (0, k)
+    )
     if kind == "raw":
         close(other - one, -k * weighted_score(tuner, t, torch.ones(4).double()) / 4)
     else:
         close(one, other)
 
 
-@pytest.mark.parametrize("method, options", [("ddpo", {}), ("dlpo", dict(beta=0.0)), ("dpok", {}), ("klinr", {}), ("dlpo", dict(beta=0.0, denoising_source="data"))], ids=str)
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("ddpo", {}),
+        ("dlpo", dict(beta=0.0)),
+        ("dpok", {}),
+        ("klinr", {}),
+        ("dlpo", dict(beta=0.0, denoising_source="data")),
+    ],
+    ids=str,
+)
 def test_without_signal_nothing_moves(method, options):
     """32: equal rewards and no penalty leave every bit; Adam with coupled weight decay would not."""
     tuner = make(method, **options)
@@ -917,10 +1160,12 @@ def test_items_do_not_meet(size):
     """34: another item's states and action change no log-probability and no divergence but its own."""
     tuner = stray(make("dpok"))
     schedule, t = make_rollout(tuner.model, TEXTS[:size])
+
     def looked(x_t, x_prev):
         changed = replace(t, x_t=(x_t,) + t.x_t[1:], x_prev=(x_prev,) + t.x_prev[1:])
         log_prob, eps = replay(tuner.model, schedule, changed, 0)
         return torch.stack([log_prob, step_kl(tuner, changed, 0, eps)])
+
     before = looked(t.x_t[0], t.x_prev[0])
     assert before.shape == (2, size)
     for j in range(size):
@@ -935,21 +1180,44 @@ def test_padding_counts_for_nothing():
     eps, ref, x_t, x_prev = normal(4, 2, 40)
     policy = ConvPolicy()
     heard = []
+
     class Counting(Reward):
         def score_clips(self, clips, sample_rate, texts):
             heard.append([len(c) for c in clips])
             return [float(c.square().mean()) for c in clips]
+
     def looked(junk):
         wide = [torch.where(mask, v, junk) for v in (eps, ref, x_t, x_prev)]
-        found = [schedule.transition_log_prob(wide[0], *wide[2:], 4, mask, reduction) for reduction in ("mean", "sum")]
-        found += [kl_divergence(schedule, *wide[:3], 4, mask, reduction, form) for form in KL_FORMS for reduction in ("mean", "sum")]
+        found = [
+            schedule.transition_log_prob(wide[0], *wide[2:], 4, mask, reduction)
+            for reduction in ("mean", "sum")
+        ]
+        found += [
+            kl_divergence(schedule, *wide[:3], 4, mask, reduction, form)
+            for form in KL_FORMS
+            for reduction in ("mean", "sum")
+        ]
         if math.isfinite(junk):
-            found.append(denoising_loss(policy, wide[0], torch.ones(2, 2, 10).double(), torch.full((2, 1), 0.5), wide[1], mask.double(), torch.tensor([10, 6]), "none"))
+            found.append(
+                denoising_loss(
+                    policy,
+                    wide[0],
+                    torch.ones(2, 2, 10).double(),
+                    torch.full((2, 1), 0.5),
+                    wide[1],
+                    mask.double(),
+                    torch.tensor([10, 6]),
+                    "none",
+                )
+            )
         return found, Counting()(wide[3].clamp(-1, 1), torch.tensor([40, 25]), 1000, ["a", "b"])
+
     (before, heard_before), alone = looked(0.0), [v[1:, :25] for v in (eps, ref, x_t, x_prev)]
     for junk in (5.0, math.nan):
         after, heard_after = looked(junk)
-        assert all(torch.equal(a, b) for a, b in zip(before, after)) and torch.equal(heard_before, heard_after)
+        assert all(torch.equal(a, b) for a, b in zip(before, after)) and torch.equal(
+            heard_before, heard_after
+        )
     assert heard[0] == [40, 25]
     close(before[0][1:], schedule.transition_log_prob(alone[0], *alone[2:], 4))
     close(before[2][1:], kl_divergence(schedule, *alone[:3], 4))
@@ -959,12 +1227,28 @@ def test_padding_counts_for_nothing():
 def test_a_batch_is_its_items(policy):
     """35, 36: log-probability, divergence, denoising loss and reward of a padded batch are those of each item alone."""
     tuner = stray(make("dpok", policy()))
+
     def looked(texts, indices):
         schedule, t = make_rollout(tuner.model, texts, indices=indices)
         log_prob, eps = replay(tuner.model, schedule, t, 1)
-        noise, mask = keyed_noise([(n,) for n in indices], t.x_0_lengths.tolist()), state_mask(t.conditioning.frames, tuner.model.width)
-        d = denoising_loss(tuner.model, t.x_0, t.conditioning.hidden, torch.full((len(texts), 1), 0.8), noise, mask, t.conditioning.frames, "none")
-        return torch.stack([log_prob, step_kl(tuner, t, 1, eps), d, tuner.reward(t.audio, t.audio_lengths, 1, texts)]), t.audio_lengths
+        noise, mask = (
+            keyed_noise([(n,) for n in indices], t.x_0_lengths.tolist()),
+            state_mask(t.conditioning.frames, tuner.model.width),
+        )
+        d = denoising_loss(
+            tuner.model,
+            t.x_0,
+            t.conditioning.hidden,
+            torch.full((len(texts), 1), 0.8),
+            noise,
+            mask,
+            t.conditioning.frames,
+            "none",
+        )
+        return torch.stack(
+            [log_prob, step_kl(tuner, t, 1, eps), d, tuner.reward(t.audio, t.audio_lengths, 1, texts)]
+        ), t.audio_lengths
+
     together, lengths = looked(TEXTS, [0, 1, 2])
     assert len(set(lengths.tolist())) > 1
     for i, text in enumerate(TEXTS):
@@ -975,8 +1259,10 @@ def test_a_short_recording_is_denoised_as_if_alone(monkeypatch):
     """35: D of a recording that ends inside the window must not depend on the noise behind its end."""
     tuner = make("dlpo", denoising_source="data")
     audio, hidden, frames, _ = recorded_batch(tuner, "any")
+
     def looked():
         return windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 0, (0, "key"), 500)
+
     before, behind = looked(), 1 - state_mask(frames, tuner.model.width)
     assert len(set(frames.tolist())) > 1
     monkeypatch.setattr("dlpo_nb.denoising.keyed_noise", lambda *args: keyed_noise(*args) + behind)
@@ -985,24 +1271,39 @@ def test_a_short_recording_is_denoised_as_if_alone(monkeypatch):
 
 def test_mean_and_sum_differ_by_the_length():
     """37: exactly L_i, for log-probability, divergence, the loop's stored values and its gradient."""
-    schedule, mask, lengths = SCHEDULES["trailing 10"], torch.arange(40) < torch.tensor([[40], [25], [1]]), torch.tensor([40, 25, 1])
+    schedule, mask, lengths = (
+        SCHEDULES["trailing 10"],
+        torch.arange(40) < torch.tensor([[40], [25], [1]]),
+        torch.tensor([40, 25, 1]),
+    )
     eps, ref, x_t, x_prev = normal(4, 3, 40)
-    for call in (lambda r: schedule.transition_log_prob(eps, x_t, x_prev, 4, mask, r), lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r),
-                 lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r, "mse"), lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r, "l1")):
+    for call in (
+        lambda r: schedule.transition_log_prob(eps, x_t, x_prev, 4, mask, r),
+        lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r),
+        lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r, "mse"),
+        lambda r: kl_divergence(schedule, eps, ref, x_t, 4, mask, r, "l1"),
+    ):
         assert torch.equal(call("sum") / lengths, call("mean"))
     tuners = {reduction: make("ddpo", reduction=reduction, batch_size=2) for reduction in ("mean", "sum")}
     (mean,), (summed,) = (collect(t, 0) for t in tuners.values())
     assert torch.equal(summed.log_prob / summed.x_0_lengths, mean.log_prob)
-    close(gathered(tuners["sum"])[0].part("policy"), int(mean.audio_lengths[0]) * gathered(tuners["mean"])[0].part("policy"))
+    close(
+        gathered(tuners["sum"])[0].part("policy"),
+        int(mean.audio_lengths[0]) * gathered(tuners["mean"])[0].part("policy"),
+    )
 
 
 @pytest.mark.parametrize("method", ["ddpo", "dpok", "dlpo"])
 def test_single_precision_is_close(method):
     """38: the loss in float32 within 1e-4 of that in float64, for the same rollouts."""
-    single, double = (stray(make(method, exact_model(kind), clip_range=0.1)) for kind in (torch.float32, torch.float64))
+    single, double = (
+        stray(make(method, exact_model(kind), clip_range=0.1)) for kind in (torch.float32, torch.float64)
+    )
     t, rewards = collect(single, 0), normal(4)
     assert t[0].x_t[0].dtype == torch.float32
-    assert gathered(single, t, rewards)[1]["loss"] == pytest.approx(gathered(double, t, rewards)[1]["loss"], abs=1e-4)
+    assert gathered(single, t, rewards)[1]["loss"] == pytest.approx(
+        gathered(double, t, rewards)[1]["loss"], abs=1e-4
+    )
 
 
 def test_autocast_leaves_the_log_probability_alone():
@@ -1014,17 +1315,32 @@ def test_autocast_leaves_the_log_probability_alone():
     fine = replay(tuner.model, schedule, t, 0)[1]
     wide = [v.repeat(2, 1) for v in (eps, t.x_t[0])]
     assert log_prob.dtype == torch.float64 and not torch.equal(eps, fine)
-    assert torch.equal(log_prob, schedule.transition_log_prob(*wide, t.x_prev[0], 3, state_mask(t.conditioning.frames.repeat(2), tuner.model.width)))
+    assert torch.equal(
+        log_prob,
+        schedule.transition_log_prob(
+            *wide, t.x_prev[0], 3, state_mask(t.conditioning.frames.repeat(2), tuner.model.width)
+        ),
+    )
 
 
 def only(t, steps):
     """A trajectory of which only some of the steps are trained."""
     kept = [t.steps.index(s) for s in steps]
-    return replace(t, steps=list(steps), x_t=tuple(t.x_t[i] for i in kept), x_prev=tuple(t.x_prev[i] for i in kept), log_prob=t.log_prob[kept])
+    return replace(
+        t,
+        steps=list(steps),
+        x_t=tuple(t.x_t[i] for i in kept),
+        x_prev=tuple(t.x_prev[i] for i in kept),
+        log_prob=t.log_prob[kept],
+    )
 
 
 @pytest.mark.parametrize("method", ["ddpo", "dpok", "dlpo"])
-@pytest.mark.parametrize("subset", [[[s] for s in range(1, 6)], [[s, r] for s in range(1, 6) for r in range(1, s)]], ids=["singles", "pairs"])
+@pytest.mark.parametrize(
+    "subset",
+    [[[s] for s in range(1, 6)], [[s, r] for s in range(1, 6) for r in range(1, s)]],
+    ids=["singles", "pairs"],
+)
 def test_random_subsets_average_to_all_steps(subset, method):
     """41: the mean over all subsets, each counted (K - 1) / n times, is the gradient of all steps."""
     tuner = stray(make(method, train_steps="all", fork=0, batch_size=2))
@@ -1063,11 +1379,15 @@ def test_micro_batches_are_one_batch(method):
     for size in (2, 4, 6):
         tuner = stray(make(method, batch_size=6, micro_batch=size, denoising_steps=2))
         trajectories = collect(tuner, 0)
-        assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len({n for t in trajectories for n in t.conditioning.frames.tolist()}) > 1
+        assert [len(t.audio) for t in trajectories] == {2: [2, 2, 2], 4: [4, 2], 6: [6]}[size] and len(
+            {n for t in trajectories for n in t.conditioning.frames.tolist()}
+        ) > 1
         found.append(gathered(tuner, trajectories, normal(6).abs()))
     for gradients, stats in found[1:]:
         assert gradients.parts.keys() == found[0][0].parts.keys()
-        for part in ("penalty",) if method == "onlydl" else gradients.parts: # its other part is 0 times the reward
+        for part in (
+            ("penalty",) if method == "onlydl" else gradients.parts
+        ):  # its other part is 0 times the reward
             close(found[0][0].part(part), gradients.part(part), 1e-10)
         assert stats == pytest.approx(found[0][1], rel=1e-10)
 
@@ -1075,8 +1395,18 @@ def test_micro_batches_are_one_batch(method):
 @pytest.mark.parametrize("method", ["dlpo", "klinr"])
 def test_two_and_two_episodes_are_four(method, tmp_path):
     """45: weights, moments, running buffer and episode survive a file; texts come again, so that the buffer matters."""
+
     def fresh():
-        return make(method, ConvPolicy(), advantage="buffer", buffer_min_count=3, buffer_size=5, inner_epochs=2, learning_rate=1e-3)
+        return make(
+            method,
+            ConvPolicy(),
+            advantage="buffer",
+            buffer_min_count=3,
+            buffer_size=5,
+            inner_epochs=2,
+            learning_rate=1e-3,
+        )
+
     whole, first, second = fresh(), fresh(), fresh()
     for _ in range(2):
         whole.episode(), first.episode()
@@ -1084,19 +1414,23 @@ def test_two_and_two_episodes_are_four(method, tmp_path):
     load_state(second, tmp_path / "state.pt")
     assert second.buffer.state_dict() == whole.buffer.state_dict() and len(second.buffer.rewards) > 1
     for _ in range(2):
-        assert {k: v for k, v in whole.episode().items() if "seconds" not in k} == {k: v for k, v in second.episode().items() if "seconds" not in k}
+        assert {k: v for k, v in whole.episode().items() if "seconds" not in k} == {
+            k: v for k, v in second.episode().items() if "seconds" not in k
+        }
     assert fingerprint(whole.model) == fingerprint(second.model)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_seed_is_a_run(method):
     """46: twice the same seed, the same log; another seed, other rollouts."""
+
     def log(seed):
         tuner = make(method, ConvPolicy(), seed=seed)
         tuner.texts, tuner.ids = tuner.texts[:1], tuner.ids[:1]
         tuner.reward = lambda audio, *rest: audio.square().mean(1)
         rolled = torch.cat([t.audio.flatten() for t in collect(tuner, 0)]).tolist()
         return [{k: v for k, v in tuner.episode().items() if "seconds" not in k} for _ in range(2)], rolled
+
     (one, first), (other, second), (third, elsewhere) = log(0), log(0), log(1)
     assert one == other != third and first == second != elsewhere
 
@@ -1119,11 +1453,17 @@ def test_no_dropout_in_the_loop(trainable):
 def test_rewards_stay_with_their_rollouts():
     """48, as far as it applies: the reward of each utterance is that of its text, in the order of the trajectories."""
     tuner = make("ddpo", batch_size=6, advantage="raw")
-    tuner.reward = lambda audio, lengths, rate, texts: torch.tensor([10.0 * TEXTS.index(text) + m for m, text in enumerate(texts)])
+    tuner.reward = lambda audio, lengths, rate, texts: torch.tensor(
+        [10.0 * TEXTS.index(text) + m for m, text in enumerate(texts)]
+    )
     t = collect(tuner, 0)
     rewards = score_audio(tuner, t)
-    assert rewards.tolist() == [10.0 * TEXTS.index(tuner.texts[i]) + m for i in text_indices(0, 3, 3, 0) for m in range(2)]
-    assert rewards[[row for each in t for row in each.rows]].tolist() == [10.0 * TEXTS.index(each.texts[0]) + m for each in t for m in range(2)]
+    assert rewards.tolist() == [
+        10.0 * TEXTS.index(tuner.texts[i]) + m for i in text_indices(0, 3, 3, 0) for m in range(2)
+    ]
+    assert rewards[[row for each in t for row in each.rows]].tolist() == [
+        10.0 * TEXTS.index(each.texts[0]) + m for each in t for m in range(2)
+    ]
     assert torch.equal(make_advantages(tuner, rewards, 0), rewards)
 
 
@@ -1133,18 +1473,36 @@ def test_rewards_stay_with_their_rollouts():
 @pytest.fixture
 def cubature(monkeypatch):
     """Rollouts whose members are the 2d points of the cubature, d samples and steps: the loop's gradient is then the expected one."""
+
     def step_noise(key, indices, sizes, group_size, step, fork, device):
         d, L = group_size // 2, sizes[0]
         points = d**0.5 * torch.cat([torch.eye(d), -torch.eye(d)]).double()
         return points[:, (step - 1) * L : step * L]
+
     monkeypatch.setattr(mdp, "step_noise", step_noise)
 
 
 def flawed(method, b=0.02, L=2, K=6, b_ref=0.0, **options):
     """A tuner of the chain as a policy; the flaws of policy and reference."""
     members = 2 * K * L
-    settings = dict(batch_size=members, group_size=members, fork=0, rollout_steps=K, train_steps="all", advantage="raw") | options
-    tuner = make_tuner(FlawedPolicy(b, L), reward=lambda audio, *rest: audio.mean(1), texts=["Rain."], method=method, **settings)
+    settings = (
+        dict(
+            batch_size=members,
+            group_size=members,
+            fork=0,
+            rollout_steps=K,
+            train_steps="all",
+            advantage="raw",
+        )
+        | options
+    )
+    tuner = make_tuner(
+        FlawedPolicy(b, L),
+        reward=lambda audio, *rest: audio.mean(1),
+        texts=["Rain."],
+        method=method,
+        **settings,
+    )
     with torch.no_grad():
         tuner.reference.decoder[0].fill_(b_ref)
     return tuner
@@ -1155,7 +1513,9 @@ def flawed_slope(tuner):
     s, total = tuner.schedule, 0.0
     A, C = s.alphas.rsqrt(), s.betas / (s.alphas * (1 - s.alphas_cumprod)).sqrt()
     for t in reversed(range(s.num_steps)):
-        total = float(A[t] - C[t] * tuner.model.gain(s.level(t).double())) * total - (float(C[t]) if t else 0.0)
+        total = float(A[t] - C[t] * tuner.model.gain(s.level(t).double())) * total - (
+            float(C[t]) if t else 0.0
+        )
     return total
 
 
@@ -1166,7 +1526,9 @@ def test_the_loop_on_the_chain(cubature, L, reduction, spacing):
     """1, 13, 16, 18 in the loop with L samples: slope and 2 b kappa; with means, E[k grad mean log p] is the gradient of the KL a sample."""
     b, share = 0.02, 1 if reduction == "sum" else L
     for method in ("ddpo", "dpok", "klinr"):
-        tuner = flawed(method, b, L, reduction=reduction, spacing=spacing, **({} if method == "ddpo" else dict(beta=2.0)))
+        tuner = flawed(
+            method, b, L, reduction=reduction, spacing=spacing, **({} if method == "ddpo" else dict(beta=2.0))
+        )
         kappa = GaussianChain(tuner.schedule).kappa
         (t,) = collect(tuner, 0)
         assert t.x0_clipped_share == 0 and t.audio.shape == (12 * L, L)
@@ -1188,7 +1550,9 @@ def test_where_the_loop_stops(cubature, method):
         g = total(gathered(tuner)[0])
         with torch.no_grad():
             tuner.parameters[0] -= 0.9 / (2 * 2.0 * kappa) * g[0]
-    assert tuner.parameters[0].item() == pytest.approx(0.01 + 0.5 * flawed_slope(tuner) / (2 * 2.0 * kappa * 2), abs=1e-6)
+    assert tuner.parameters[0].item() == pytest.approx(
+        0.01 + 0.5 * flawed_slope(tuner) / (2 * 2.0 * kappa * 2), abs=1e-6
+    )
     assert abs(float(g)) < 1e-6
 
 
@@ -1202,9 +1566,13 @@ def test_log_ratios_are_sums_over_the_samples(reduction, trainable):
         wide, k = state_mask(t.conditioning.frames.repeat(2), tuner.model.width), 0
         for s, step in enumerate(t.steps):
             for sign, policy in ((1, tuner.model), (-1, tuner.reference)):
-                hidden = policy.condition(t.ids, t.lengths, durations=t.conditioning.durations).hidden.repeat(2, 1, 1)
+                hidden = policy.condition(t.ids, t.lengths, durations=t.conditioning.durations).hidden.repeat(
+                    2, 1, 1
+                )
                 x = t.x_t[s].repeat(2 // len(t.x_t[s]), 1)
-                eps = policy.predict_noise(x, hidden, tuner.schedule.level(step).expand(2, 1), t.conditioning.frames.repeat(2))
+                eps = policy.predict_noise(
+                    x, hidden, tuner.schedule.level(step).expand(2, 1), t.conditioning.frames.repeat(2)
+                )
                 k = k + sign * tuner.schedule.transition_log_prob(eps, x, t.x_prev[s], step, wide, "sum")
         exact.append(k.detach())
     found = log_ratios(tuner, trajectories)
@@ -1241,7 +1609,18 @@ BRAKES = dict(ddpo={}, dpok=dict(beta=100.0), klinr=dict(beta=10.0), dlpo=dict(b
 def trained(method, reward, updates, **options):
     """A small policy after some updates: the metrics of each, and the tuner."""
     policy = ConvPolicy()
-    settings = dict(batch_size=12, group_size=6, fork=0, rollout_steps=4, train_steps="all", learning_rate=8e-3, **(dict(denoising_source="data") if method == "dlpo" else {})) | options
+    settings = (
+        dict(
+            batch_size=12,
+            group_size=6,
+            fork=0,
+            rollout_steps=4,
+            train_steps="all",
+            learning_rate=8e-3,
+            **(dict(denoising_source="data") if method == "dlpo" else {}),
+        )
+        | options
+    )
     tuner = make_tuner(policy, reward, FOUR, make_corpus(policy.width), method=method, **settings)
     return [tuner.episode() for _ in range(updates)], tuner
 
@@ -1252,7 +1631,11 @@ def quietened(method):
     metrics, tuner = trained(method, quiet, 50, **BRAKES[method])
     first, last = (sum(row["reward/mean"] for row in rows) / 5 for rows in (metrics[:5], metrics[-5:]))
     gone = drift(tuner, FOUR)
-    return (last - first) / (sum(row["reward/std"] for row in metrics[:5]) / 5), gone["kl"], gone["diffusion_loss/tuned"] / gone["diffusion_loss/base"]
+    return (
+        (last - first) / (sum(row["reward/std"] for row in metrics[:5]) / 5),
+        gone["kl"],
+        gone["diffusion_loss/tuned"] / gone["diffusion_loss/base"],
+    )
 
 
 def test_ddpo_learns_and_drifts():
@@ -1272,8 +1655,16 @@ def test_a_strong_brake_holds(method):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_reward_can_be_hacked(sign):
     """50: the reward of a constant offset drives |x0| up where nothing holds, and less where something does."""
+
     def loud(audio, *rest):
         return 3 * sign * audio.mean(1)
-    levels = [float(torch.cat([t.audio.flatten() for t in collect(trained("dlpo", loud, updates, beta=beta)[1], 0)]).abs().mean())
-              for updates, beta in ((0, 0.0), (20, 0.0), (20, 100.0))]
+
+    levels = [
+        float(
+            torch.cat([t.audio.flatten() for t in collect(trained("dlpo", loud, updates, beta=beta)[1], 0)])
+            .abs()
+            .mean()
+        )
+        for updates, beta in ((0, 0.0), (20, 0.0), (20, 100.0))
+    ]
     assert levels[1] > 2 * levels[0] and levels[1] > 1.5 * levels[2]

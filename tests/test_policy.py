@@ -1,4 +1,5 @@
 """What a policy promises, kept by the two that are tested on everything: WaveGrad 2 and a voice whose state is a spectrogram."""
+
 import json
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def tuner_of(voice, method="ddpo", **options):
 
 
 def test_the_toy_is_that_of_the_notebook():
-    cells = ["".join(cell["source"]) for cell in json.loads((Path(__file__).parents[1] / "nbs" / "04b_policy.ipynb").read_text())["cells"]]
+    cells = [
+        "".join(cell["source"])
+        for cell in json.loads((Path(__file__).parents[1] / "nbs" / "04b_policy.ipynb").read_text())["cells"]
+    ]
     (shown,) = [cell for cell in cells if "class ToyMel(Policy)" in cell]
     assert shown.strip() in (Path(__file__).parent / "toy_mel.py").read_text()
 
@@ -52,7 +56,9 @@ def test_what_is_promised(voice):
     mask = state_mask(said.frames, voice.width)
     assert (eps * (1 - mask) == 0).all() and ((again - 0.1 * x) * mask).abs().max() < 1e-2
     assert voice.denoising_error(eps, x, 0.7).shape == voice.denoising_error(eps, eps, 0.7).shape == x.shape
-    assert (voice.denoising_error(eps, eps, 0.7) == 0).all() and voice.duration_loss(said, said.durations).shape == (len(TEXTS),)
+    assert (voice.denoising_error(eps, eps, 0.7) == 0).all() and voice.duration_loss(
+        said, said.durations
+    ).shape == (len(TEXTS),)
     with pytest.raises(UserError):
         voice.encode(["..."])
 
@@ -63,10 +69,15 @@ def test_a_batch_is_its_items_alone(voice):
     for i, text in enumerate(TEXTS):
         schedule, alone = make_rollout(voice, [text], indices=[i], group_size=2, fork=3)
         chosen = select_text(together, i)
-        assert chosen.x_0_lengths.tolist() == alone.x_0_lengths.tolist() and chosen.audio_lengths.tolist() == alone.audio_lengths.tolist()
+        assert (
+            chosen.x_0_lengths.tolist() == alone.x_0_lengths.tolist()
+            and chosen.audio_lengths.tolist() == alone.audio_lengths.tolist()
+        )
         for name in ("x_0", "audio", "log_prob"):
             torch.testing.assert_close(getattr(chosen, name), getattr(alone, name), atol=2e-5, rtol=0)
-        torch.testing.assert_close(replay(voice, schedule, chosen, 0)[0], chosen.log_prob[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            replay(voice, schedule, chosen, 0)[0], chosen.log_prob[0], atol=1e-5, rtol=0
+        )
     assert (together.x_0 * (1 - state_mask(together.x_0_lengths, 1)) == 0).all()
 
 
@@ -76,9 +87,16 @@ def test_every_method_tunes_every_voice(voice, method):
     tuner = tuner_of(voice, method)
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
-    assert first["kl"] == 0.0 < second["kl"] and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
-    moved = {key.split(".")[0] for key, value in voice.state_dict().items() if not torch.equal(value, before[key])}
-    assert moved == {"decoder"} and all(torch.equal(value, before[key]) for key, value in tuner.reference.state_dict().items())
+    assert (
+        first["kl"] == 0.0 < second["kl"]
+        and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
+    )
+    moved = {
+        key.split(".")[0] for key, value in voice.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == {"decoder"} and all(
+        torch.equal(value, before[key]) for key, value in tuner.reference.state_dict().items()
+    )
     assert first["x0/clipped"] == 0 or voice.training_schedule().bounds
     assert first["diffusion_loss"] > 0 and drift(tuner, TEXTS[:1])["diffusion_loss/base"] > 0
 
@@ -87,7 +105,11 @@ def test_own_speech_and_all_weights(voice):
     """The denoising loss on the policy's own states, and an encoder that is trained too."""
     tuner = make_tuner(voice, method="dlpo", denoising_source="sample", trainable="all", denoising_frames=0)
     metrics = tuner.episode()
-    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-8) and metrics["diffusion_loss/sample"] > 0 and metrics["grad_norm/penalty"] > 0
+    assert (
+        metrics["ratio/mean"] == pytest.approx(1, abs=1e-8)
+        and metrics["diffusion_loss/sample"] > 0
+        and metrics["grad_norm/penalty"] > 0
+    )
 
 
 def test_low_rank_changes(voice):
@@ -97,8 +119,14 @@ def test_low_rank_changes(voice):
     assert tuner.episode()["kl"] == 0.0 < tuner.episode()["kl"] and adapters(voice)
     with without_adapters(voice):
         plain = merged(voice)
-    assert not adapters(plain) and all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
-    assert {key.split(".")[0] for key, value in merged(voice).state_dict().items() if not torch.equal(value, before[key])} == {"decoder"}
+    assert not adapters(plain) and all(
+        torch.equal(value, before[key]) for key, value in plain.state_dict().items()
+    )
+    assert {
+        key.split(".")[0]
+        for key, value in merged(voice).state_dict().items()
+        if not torch.equal(value, before[key])
+    } == {"decoder"}
     assert len(adapters(voice)) > 0, "and the voice itself keeps them"
 
 
@@ -134,12 +162,17 @@ def test_evaluation_speaks_with_any_voice(voice):
     schedule = voice.training_schedule().respaced(4)
     audio = synthesise_all(voice, TEXTS, schedule, seed=0, batch_size=2)
     alone = synthesise_all(voice, TEXTS[:1], schedule, seed=0)
-    assert len(audio) == 3 and len({len(clip) for clip in audio}) > 1 and all(clip.isfinite().all() for clip in audio)
+    assert (
+        len(audio) == 3
+        and len({len(clip) for clip in audio}) > 1
+        and all(clip.isfinite().all() for clip in audio)
+    )
     torch.testing.assert_close(audio[0], alone[0], atol=1e-5, rtol=0)
 
 
 def test_a_promise_that_is_not_kept():
     """A policy without one of the six methods cannot be made."""
+
     class Mute(ToyMel):
         render = Policy.render
 

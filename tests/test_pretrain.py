@@ -1,4 +1,5 @@
 """What 09_pretrain does not show: interruption, damaged states, the command line, the slices of tools/gpu."""
+
 import json
 import os
 import shutil
@@ -20,8 +21,24 @@ from dlpo_nb import pretrain as module
 from dlpo_nb.core import UserError, asset, lock_folder, unlock_folders
 from dlpo_nb.data import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.pretrain import (REFERENCE, PretrainConfig, Pretraining, Steps, batch_losses, draw_start, first_model, fit, make_optimisers,
-                              new_model, parse, prepare, pretrain, train_step, validate, window_batch)
+from dlpo_nb.pretrain import (
+    REFERENCE,
+    PretrainConfig,
+    Pretraining,
+    Steps,
+    batch_losses,
+    draw_start,
+    first_model,
+    fit,
+    make_optimisers,
+    new_model,
+    parse,
+    prepare,
+    pretrain,
+    train_step,
+    validate,
+    window_batch,
+)
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,16 +56,31 @@ def one_thread():
 @pytest.fixture
 def config(tmp_path):
     return PretrainConfig(
-        CORPUS, tmp_path / "run", steps=4, batch_size=2, window_frames=12, warmup_steps=2, log_every=2, sample_every=0, device="cpu")
+        CORPUS,
+        tmp_path / "run",
+        steps=4,
+        batch_size=2,
+        window_frames=12,
+        warmup_steps=2,
+        log_every=2,
+        sample_every=0,
+        device="cpu",
+    )
 
 
 def weights(path):
     return {k: v for k, v in load_wavegrad2(path).state_dict().items()}
 
 
-@pytest.mark.parametrize("first, changes", [
-    (2, dict(precision="float32")), (1, dict(optimiser="adamw", precision="float32")), (3, dict(precision="bfloat16")),
-    (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12})])
+@pytest.mark.parametrize(
+    "first, changes",
+    [
+        (2, dict(precision="float32")),
+        (1, dict(optimiser="adamw", precision="float32")),
+        (3, dict(precision="bfloat16")),
+        (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12}),
+    ],
+)
 def test_resume_is_exact(config, tmp_path, first, changes):
     whole = replace(config, **changes)
     parts = replace(whole, out=tmp_path / "parts", save_every=1)
@@ -58,7 +90,10 @@ def test_resume_is_exact(config, tmp_path, first, changes):
     pretrain(replace(parts, resume=True, workers=1))
     one, two = weights(whole.out / "base.safetensors"), weights(parts.out / "base.safetensors")
     assert all(torch.equal(one[k], two[k]) for k in one)
-    losses = [[row["loss"] for row in map(json.loads, (out / "metrics.jsonl").open())] for out in (whole.out, parts.out)]
+    losses = [
+        [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").open())]
+        for out in (whole.out, parts.out)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -83,21 +118,33 @@ def test_windows_reach_the_last_frame_and_mask_the_padding(config):
     total = [sum(item.frames) for item in items]
     for reference, expected in ((False, {0, 1}), (True, {0})):
         assert {draw_start(8, 7, torch.Generator().manual_seed(s), reference) for s in range(40)} == expected
-        assert {draw_start(8, frames, torch.Generator().manual_seed(s), reference) for s in range(9) for frames in (8, 9)} == {0}
+        assert {
+            draw_start(8, frames, torch.Generator().manual_seed(s), reference)
+            for s in range(9)
+            for frames in (8, 9)
+        } == {0}
     batch = window_batch(items, [0, 5], max(total) + 3, 300)
     assert batch["mask"].sum(1).tolist() == [300 * total[0], 300 * (total[1] - 5)]
     assert (batch["audio"][batch["mask"] == 0] == 0).all() and batch["share"].tolist() == [1, 1]
-    torch.testing.assert_close(batch["audio"][1, : 300 * (total[1] - 5)] * 32767, torch.from_numpy(items[1].audio[1500:]).float())
+    torch.testing.assert_close(
+        batch["audio"][1, : 300 * (total[1] - 5)] * 32767, torch.from_numpy(items[1].audio[1500:]).float()
+    )
     assert window_batch(items, [0, 5], max(total) + 3, 300, masked=False)["mask"].all()
 
 
 def test_rows_of_a_batch_do_not_depend_on_who_makes_them(config):
     items = load_corpus(CORPUS)
-    whole, part = Steps(replace(config, batch_size=5), items, 300), Steps(replace(config, batch_size=5), items, 300)
+    whole, part = (
+        Steps(replace(config, batch_size=5), items, 300),
+        Steps(replace(config, batch_size=5), items, 300),
+    )
     part.rows = [1, 4]
     a, b = whole[3], part[3]
     assert all(torch.equal(a[name], b[name]) for name in ("ids", "lengths", "durations"))
-    assert all(torch.equal(a[name][[1, 4]], b[name]) for name in ("rows", "starts", "audio", "mask", "level", "noise"))
+    assert all(
+        torch.equal(a[name][[1, 4]], b[name])
+        for name in ("rows", "starts", "audio", "mask", "level", "noise")
+    )
     part.rows = [0, 2, 3]
     torch.testing.assert_close(b["share"] + part[3]["share"], torch.ones(2).double())
 
@@ -116,7 +163,10 @@ def test_muon_leaves_edges_to_adamw():
     names = {id(p): n for n, p in model.named_parameters()}
     matrices = [names[id(p)] for p in muon.param_groups[0]["params"]]
     assert "decoder.ublock_preconv.conv1d.weight" in matrices and "encoder.lstm.weight_ih_l0" in matrices
-    assert not any("embedding" in n or "fc" in n or "postconv" in n or "dblock_preconv" in n or n.endswith("bias") for n in matrices)
+    assert not any(
+        "embedding" in n or "fc" in n or "postconv" in n or "dblock_preconv" in n or n.endswith("bias")
+        for n in matrices
+    )
     assert len(matrices) + len(adamw.param_groups[0]["params"]) == len(names)
 
 
@@ -131,17 +181,20 @@ def test_diverged_training_keeps_the_last_good_state(config):
     assert (config.out / "state.pt").read_bytes() == good
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (dict(steps=0), "--steps or as --minutes"),
-    (dict(minutes=1.0), "--steps or as --minutes"),
-    (dict(batch_size=0), "--batch-size is 0"),
-    (dict(nproc_per_node=3), "less than the 3 processes"),
-    (dict(nnodes=2), "--rdzv-endpoint"),
-    (dict(validation="nowhere"), "nowhere"),
-    (dict(corpus=Path("nowhere")), "nowhere"),
-    (dict(device="cuda:99"), "cuda:99"),
-    (dict(out=CORPUS / "manifest.jsonl"), "--out"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(steps=0), "--steps or as --minutes"),
+        (dict(minutes=1.0), "--steps or as --minutes"),
+        (dict(batch_size=0), "--batch-size is 0"),
+        (dict(nproc_per_node=3), "less than the 3 processes"),
+        (dict(nnodes=2), "--rdzv-endpoint"),
+        (dict(validation="nowhere"), "nowhere"),
+        (dict(corpus=Path("nowhere")), "nowhere"),
+        (dict(device="cuda:99"), "cuda:99"),
+        (dict(out=CORPUS / "manifest.jsonl"), "--out"),
+    ],
+)
 def test_wrong_settings_end_in_a_sentence(config, change, sentence):
     with pytest.raises(UserError, match=sentence):
         pretrain(replace(config, **change))
@@ -187,11 +240,17 @@ def test_a_training_that_is_under_way_is_left_alone(config):
     resume = command(config, "--steps", 4, "--warmup-steps", 2, "--log-every", 2, "--resume")
     lock_folder(config.out)
     try:
-        before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}  # to read the lock does not let go of it
+        before = {
+            path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()
+        }  # to read the lock does not let go of it
         done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
     finally:
         unlock_folders()
-    assert done.returncode == 2 and f"another process ({os.getpid()})" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"another process ({os.getpid()})" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
@@ -200,15 +259,37 @@ def test_resume_without_a_state_starts(config):
 
 
 def command(config, *more):
-    flags = ["--corpus", config.corpus, "--out", config.out, "--batch-size", 2, "--window-frames", 12, "--sample-every", 0, "--device", "cpu"]
+    flags = [
+        "--corpus",
+        config.corpus,
+        "--out",
+        config.out,
+        "--batch-size",
+        2,
+        "--window-frames",
+        12,
+        "--sample-every",
+        0,
+        "--device",
+        "cpu",
+    ]
     return [sys.executable, "-m", "dlpo_nb.pretrain", *map(str, flags), *map(str, more)]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 def test_ctrl_c_saves_and_the_command_goes_on(config):
-    process = subprocess.Popen(command(config, "--steps", 100000, "--log-every", 1), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(config, "--steps", 100000, "--log-every", 1),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics, limit = config.out / "metrics.jsonl", time.time() + 300
     while not metrics.exists() and time.time() < limit:
         time.sleep(0.1)
@@ -228,16 +309,35 @@ def test_command_line_error_is_one_sentence(config):
 
 def test_gpu_job_goes_on_from_small_files(config, tmp_path):
     job = ["bash", str(ROOT / "tools" / "gpu" / "train_base.sh"), str(CORPUS)]
-    flags = ["--batch-size", "2", "--window-frames", "12", "--sample-every", "0", "--steps", "100000", "--log-every", "1"]
+    flags = [
+        "--batch-size",
+        "2",
+        "--window-frames",
+        "12",
+        "--sample-every",
+        "0",
+        "--steps",
+        "100000",
+        "--log-every",
+        "1",
+    ]
     env = {**ENVIRONMENT, "PYTHON": sys.executable, "SLICE_MINUTES": "0.01"}
     steps = []
     for before, after in (("none", "one"), ("one", "two")):
-        done = subprocess.run([*job, tmp_path / before, tmp_path / after, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [*job, tmp_path / before, tmp_path / after, *flags],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert all(p.stat().st_size <= 16e6 for p in (tmp_path / after).iterdir())
         steps.append(json.loads((tmp_path / after / "metrics.jsonl").read_text().splitlines()[-1])["step"])
     assert 0 < steps[0] < steps[1]
-    (tmp_path / "base.safetensors").write_bytes(b"".join(p.read_bytes() for p in sorted((tmp_path / "two").glob("base.part.*"))))
+    (tmp_path / "base.safetensors").write_bytes(
+        b"".join(p.read_bytes() for p in sorted((tmp_path / "two").glob("base.part.*")))
+    )
     load_wavegrad2(tmp_path / "base.safetensors")
 
 
@@ -276,7 +376,9 @@ def recorded_batch(ref, size, level=None):
 @torch.no_grad()
 def test_losses_are_those_of_the_released_trainer(base, ref, size):
     losses = torch.stack(batch_losses(base.eval(), recorded_batch(ref, size), "float32", reference=True))
-    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref[f"train{size}_losses"].tolist(), rel=1e-4)
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(
+        ref[f"train{size}_losses"].tolist(), rel=1e-4
+    )
 
 
 def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(base, ref, config, monkeypatch):
@@ -287,14 +389,26 @@ def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(ba
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     train_step(run, recorded_batch(ref, 8))
     total, l1, duration = ref["train8_losses"].tolist()
-    assert run.sums.tolist() == pytest.approx([l1, duration, 6.724852, 1], rel=1e-4)  # tolerances: see test_wavegrad2
-    norms = {name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item() for name, m in base.named_children()}
-    assert norms == pytest.approx(dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299), rel=1e-3)
+    assert run.sums.tolist() == pytest.approx(
+        [l1, duration, 6.724852, 1], rel=1e-4
+    )  # tolerances: see test_wavegrad2
+    norms = {
+        name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item()
+        for name, m in base.named_children()
+    }
+    assert norms == pytest.approx(
+        dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299),
+        rel=1e-3,
+    )
     # Adam's first step goes as far as its learning rate, wherever the gradient is not next to nothing
-    moved = torch.cat([(p.detach() - before[name])[p.grad.abs() > 1e-3].abs() for name, p in base.named_parameters()])
+    moved = torch.cat(
+        [(p.detach() - before[name])[p.grad.abs() > 1e-3].abs() for name, p in base.named_parameters()]
+    )
     assert len(moved) > 10_000 and (moved - 3e-4).abs().max() < 1e-5
     average = dict(run.average.named_parameters())
-    assert all((average[name] - p).abs().max() < 1e-6 for name, p in base.named_parameters()), "their average is the new weights"
+    assert all((average[name] - p).abs().max() < 1e-6 for name, p in base.named_parameters()), (
+        "their average is the new weights"
+    )
     with torch.no_grad():
         fill(base)
 
@@ -302,9 +416,13 @@ def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(ba
 @torch.no_grad()
 def test_training_mode_is_that_of_the_released_trainer(base, ref):
     base.train()
-    losses = torch.stack(batch_losses(base, recorded_batch(ref, 8, ref["train_mode_noise_level"]), "float32", reference=True))
+    losses = torch.stack(
+        batch_losses(base, recorded_batch(ref, 8, ref["train_mode_noise_level"]), "float32", reference=True)
+    )
     fill(base)
-    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(ref["train8_trainmode_losses"].tolist(), rel=1e-4)
+    assert [losses.sum().item(), *losses.tolist()] == pytest.approx(
+        ref["train8_trainmode_losses"].tolist(), rel=1e-4
+    )
 
 
 def test_without_padding_ours_is_theirs(config):
@@ -312,13 +430,19 @@ def test_without_padding_ours_is_theirs(config):
     model = new_model("tiny").eval()
     batch = window_batch([item, item], [0, 3], 20, 300)
     batch |= dict(level=torch.tensor([[0.5], [0.99]]), noise=torch.randn(2, 6000))
-    ours, theirs = (torch.stack(batch_losses(model, batch, "float32", reference)) for reference in (False, True))
+    ours, theirs = (
+        torch.stack(batch_losses(model, batch, "float32", reference)) for reference in (False, True)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
 def test_reference_sets_what_no_flag_says():
     config = parse("--corpus c --out o --steps 5 --lr 0.001 --reference".split())
-    assert config.reference and config.lr == 0.001 and (config.arch, config.optimiser, config.window_frames) == ("base", "adam", 256)
+    assert (
+        config.reference
+        and config.lr == 0.001
+        and (config.arch, config.optimiser, config.window_frames) == ("base", "adam", 256)
+    )
     assert not parse("--corpus c --out o --steps 5".split()).reference
 
 
@@ -328,11 +452,18 @@ def test_reference_sets_what_no_flag_says():
 def test_bfloat16_trains_with_float32_losses_and_weights(config):
     run = Pretraining(config)
     batch = Steps(config, run.items, 300)[0]
-    losses = {precision: torch.stack(batch_losses(run.average, batch, precision)) for precision in ("float32", "bfloat16")}
+    losses = {
+        precision: torch.stack(batch_losses(run.average, batch, precision))
+        for precision in ("float32", "bfloat16")
+    }
     assert losses["bfloat16"].dtype == torch.float32 and not torch.equal(*losses.values())
     torch.testing.assert_close(*losses.values(), rtol=0.03, atol=0)
     train_step(run, batch)
-    assert {p.dtype for p in run.model.parameters()} == {p.grad.dtype for p in run.model.parameters()} == {torch.float32}
+    assert (
+        {p.dtype for p in run.model.parameters()}
+        == {p.grad.dtype for p in run.model.parameters()}
+        == {torch.float32}
+    )
     assert run.sums.isfinite().all()
 
 
@@ -350,22 +481,35 @@ def test_held_out_loss_is_a_mean_over_utterances_whatever_the_chunks(config):
 def test_samples_are_judged_and_heard_over_training(config, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr(module, "sample", lambda run, count: [torch.sin(torch.arange(22050) / 20) * 0.3] * min(count, len(run.held_out)))
+    monkeypatch.setattr(
+        module,
+        "sample",
+        lambda run, count: [torch.sin(torch.arange(22050) / 20) * 0.3] * min(count, len(run.held_out)),
+    )
     pretrain(replace(config, steps=7, log_every=2, sample_every=3, validation=str(CORPUS)))
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
-    assert ["dnsmos" in row for row in rows] == [False, True, True, True], "the first row at or after each third step, and the last"
-    means = [sum(v for k, v in row["validation"].items() if k != "duration") / 5 + row["validation"]["duration"] for row in rows]
+    assert ["dnsmos" in row for row in rows] == [False, True, True, True], (
+        "the first row at or after each third step, and the last"
+    )
+    means = [
+        sum(v for k, v in row["validation"].items() if k != "duration") / 5 + row["validation"]["duration"]
+        for row in rows
+    ]
     assert means == pytest.approx([row["held_out_loss"] for row in rows])
     board = EventAccumulator(str(config.out / "tensorboard"), size_guidance={"audio": 0}).Reload()
     assert [(e.step, e.sample_rate) for e in board.Audio("sample/1")] == [(s, 22050) for s in (4, 6, 7)]
-    assert [e.step for e in board.Scalars("dnsmos")] == [4, 6, 7] and [e.step for e in board.Scalars("held_out_loss")] == [2, 4, 6, 7]
+    assert [e.step for e in board.Scalars("dnsmos")] == [4, 6, 7] and [
+        e.step for e in board.Scalars("held_out_loss")
+    ] == [2, 4, 6, 7]
     assert (config.out / "samples" / "step_0000006_0.wav").exists()
 
 
 def test_nisqa_rates_where_its_weights_are(config, shared):
     run = prepare(replace(config, sample_every=4, nisqa_weights=str(shared / "data" / "nisqa" / "nisqa.tar")))
-    ratings = module.score(run, [torch.from_numpy(item.audio / 32767).float() for item in load_corpus(CORPUS)[:1]])
+    ratings = module.score(
+        run, [torch.from_numpy(item.audio / 32767).float() for item in load_corpus(CORPUS)[:1]]
+    )
     assert ratings.keys() == {"dnsmos", "nisqa"} and all(2.5 < value < 5 for value in ratings.values())
 
 
@@ -405,14 +549,40 @@ def test_audio_that_breaks_on_the_way_is_one_sentence(config, tmp_path, monkeypa
 
 
 def in_two(command, **options):
-    return subprocess.run([*command, "--nproc-per-node", "2"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        [*command, "--nproc-per-node", "2"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 def test_two_processes_are_one_in_float64(config, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests" / "pretrain_process.py")]
-    settings = dict(corpus=str(CORPUS), steps=3, batch_size=3, window_frames=16, warmup_steps=1, sample_every=0, device="cpu", precision="float32")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "tests" / "pretrain_process.py"),
+    ]
+    settings = dict(
+        corpus=str(CORPUS),
+        steps=3,
+        batch_size=3,
+        window_frames=16,
+        warmup_steps=1,
+        sample_every=0,
+        device="cpu",
+        precision="float32",
+    )
     (tmp_path / "two.json").write_text(json.dumps(settings | dict(out=str(tmp_path / "two"))))
-    done = subprocess.run([*torchrun, str(tmp_path / "two.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "two.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     pretrain_process.train(settings | dict(out=str(tmp_path / "one")))
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
@@ -434,7 +604,10 @@ def test_one_process_starts_and_two_go_on(config):
     done = in_two(command(config, *flags))
     assert done.returncode == 0, done.stderr
     environment = json.loads((config.out / "environment.json").read_text())
-    assert environment["processes"] == 1 and (environment["changes"][0]["step"], environment["changes"][0]["processes"]) == (1, 2)
+    assert environment["processes"] == 1 and (
+        environment["changes"][0]["step"],
+        environment["changes"][0]["processes"],
+    ) == (1, 2)
     assert sorted(p.name for p in config.out.iterdir()) == before
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (whole.out, config.out)]
     for a, b in zip(*rows, strict=True):
@@ -448,15 +621,24 @@ def test_another_corpus_joins_in(config):
     alone = prepare(config)
     both = prepare(replace(config, also=str(CORPUS), out=config.out.parent / "both"))
     assert [item.id for item in both.held_out] == [item.id for item in alone.held_out]
-    assert len(both.items) == len(alone.items) + len(alone.items) + len(alone.held_out) and both.items.hours > alone.items.hours
+    assert (
+        len(both.items) == len(alone.items) + len(alone.items) + len(alone.held_out)
+        and both.items.hours > alone.items.hours
+    )
 
 
 def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
     config.out.mkdir()
-    (config.out / "environment.json").write_text(json.dumps({"torchrun": "again"}))  # a run with the same id was here before
+    (config.out / "environment.json").write_text(
+        json.dumps({"torchrun": "again"})
+    )  # a run with the same id was here before
     (config.out / "state.pt").write_bytes(b"somebody's run")
     done = in_two(command(config, "--steps", 1, "--max-restarts", 2))
-    assert done.returncode == 2 and done.stderr.count("already holds a run") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("already holds a run") == 1
+        and "Traceback" not in done.stderr
+    ), done.stderr
     where = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id again --max-restarts 2 --nproc-per-node 2".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", *where, *command(config, "--steps", 1)[1:]]
     done = subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -475,12 +657,23 @@ def test_the_folder_of_another_kind_of_run_is_left_alone(config):
 
 def test_torchrun_with_more_processes_than_windows(config):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = subprocess.run([*torchrun, *command(config, "--steps", 1, "--batch-size", 1)[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=300).stderr
+    said = subprocess.run(
+        [*torchrun, *command(config, "--steps", 1, "--batch-size", 1)[1:]],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stderr
     assert "less than the 2 processes" in said and 'File "' not in said.split("error:")[0], said
 
 
 def test_two_processes_stop_together(config):
-    process = subprocess.Popen(command(config, "--steps", 100000, "--log-every", 1, "--nproc-per-node", 2), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(config, "--steps", 100000, "--log-every", 1, "--nproc-per-node", 2),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics, limit = config.out / "metrics.jsonl", time.time() + 300
     while not metrics.exists() and time.time() < limit:
         time.sleep(0.1)
@@ -507,7 +700,11 @@ def test_a_lost_process_is_started_again(config):
 
 def test_what_ends_two_processes_is_said_once(config):
     done = in_two(command(replace(config, corpus=Path("nowhere")), "--steps", 1))
-    assert done.returncode == 2 and done.stderr.count("error: no corpus in nowhere") == 1 and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("error: no corpus in nowhere") == 1
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_start_from_a_base(tmp_path):
@@ -515,4 +712,6 @@ def test_start_from_a_base(tmp_path):
     base = load_wavegrad2(asset("tiny_base.safetensors")).state_dict()
     assert all(torch.equal(v, base[k]) for k, v in first_model(config).state_dict().items())
     with pytest.raises(UserError, match="--arch small"):
-        first_model(PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, arch="small", start_from="tiny_base"))
+        first_model(
+            PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, arch="small", start_from="tiny_base")
+        )

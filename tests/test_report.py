@@ -1,4 +1,5 @@
 """What a report must survive: unfinished and damaged runs, hostile texts, long recordings; and that it is self-contained."""
+
 import re
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from make_run import TEXTS, make_run
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir, UserError
 from dlpo_nb.evaluate import Row, compare, read_rows, write_rows
-from dlpo_nb.report import control_command, control_difference, main, read_run, reward_curve, write_comparison, write_report
+from dlpo_nb.report import (
+    control_command,
+    control_difference,
+    main,
+    read_run,
+    reward_curve,
+    write_comparison,
+    write_report,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img", "br", "source", "line", "circle"}
@@ -30,7 +39,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [value for key, value in attributes if key in ("src", "srcset", "href", "poster", "data", "action")]
+        self.links += [
+            value for key, value in attributes if key in ("src", "srcset", "href", "poster", "data", "action")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -47,14 +58,24 @@ def checked(path):
     page = Page(path)
     assert all(link.startswith(("data:image/png;base64,", "data:audio/mpeg;base64,")) for link in page.links)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert "url(" not in (text := Path(path).read_text(encoding="utf-8")) and "@import" not in text and Path(path).stat().st_size < 3e6
+    assert (
+        "url(" not in (text := Path(path).read_text(encoding="utf-8"))
+        and "@import" not in text
+        and Path(path).stat().st_size < 3e6
+    )
     return page
 
 
 def test_a_finished_run(tmp_path):
     page = checked(write_report(make_run(tmp_path / "run")))
     assert page.tags.count("audio") == 8 and page.tags.count("picture") == 8
-    for words in ("Held-out dnsmos rose", "64 held-out texts", "On its own this proves nothing", "--control shuffle-advantages", "not the reward"):
+    for words in (
+        "Held-out dnsmos rose",
+        "64 held-out texts",
+        "On its own this proves nothing",
+        "--control shuffle-advantages",
+        "not the reward",
+    ):
         assert words in page.said
     assert all(text in page.said for text in TEXTS)
 
@@ -66,7 +87,11 @@ def test_a_control(tmp_path):
 
 def test_a_stopped_run(tmp_path):
     page = checked(write_report(make_run(tmp_path / "run", finished=False)))
-    assert "no result" in page.said and "12 of 24 episodes are recorded" in page.said and "audio" not in page.tags
+    assert (
+        "no result" in page.said
+        and "12 of 24 episodes are recorded" in page.said
+        and "audio" not in page.tags
+    )
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "0 of 24 episodes" in checked(write_report(tmp_path / "run")).said
 
@@ -94,7 +119,11 @@ def test_what_is_no_run(tmp_path):
 
 def test_hostile_words(tmp_path):
     run = RunDir(make_run(tmp_path / 'run "&<b>'))
-    run.write_json("config.json", run.read_json("config.json") | {"texts": "<script>alert(1)</script>", "note": '"><img src=http://evil>'})
+    run.write_json(
+        "config.json",
+        run.read_json("config.json")
+        | {"texts": "<script>alert(1)</script>", "note": '"><img src=http://evil>'},
+    )
     page = checked(write_report(run.path))
     assert "<script>alert(1)</script>" in page.said and "Rain, <at last>." in page.said
 
@@ -108,13 +137,18 @@ def test_size_with_long_recordings(tmp_path):
         for system in ("base", "tuned"):
             write_audio(path / "samples" / f"{system}_{i:03d}.wav", noise)
     page = checked(write_report(path))
-    assert 2 <= page.tags.count("audio") <= 16 and f"The first {page.tags.count('audio') // 2} held-out" in page.said
+    assert (
+        2 <= page.tags.count("audio") <= 16
+        and f"The first {page.tags.count('audio') // 2} held-out" in page.said
+    )
 
 
 def test_metrics_with_gaps(tmp_path):
     path = make_run(tmp_path / "run", episodes=4)
     run = RunDir(path)
-    run.append_metrics({"episode": 3, "reward/mean": 5.0, "kl": float("nan")})  # episode 3 was done again after a resume
+    run.append_metrics(
+        {"episode": 3, "reward/mean": 5.0, "kl": float("nan")}
+    )  # episode 3 was done again after a resume
     run.append_metrics({"episode": 4, "reward/mean": None})
     read = read_run(path)
     assert [row["episode"] for row in read.metrics] == [0, 1, 2, 3, 4] and read.metrics[3]["reward/mean"] == 5
@@ -125,19 +159,28 @@ def test_metrics_with_gaps(tmp_path):
 
 def test_comparison(tmp_path):
     runs = [make_run(tmp_path / f"run{s}", seed=s) for s in range(2)]
-    controls = [make_run(tmp_path / f"control{s}", seed=s, control="shuffle-advantages", effect=0.0) for s in range(2)]
+    controls = [
+        make_run(tmp_path / f"control{s}", seed=s, control="shuffle-advantages", effect=0.0) for s in range(2)
+    ]
     beyond = control_difference(runs + controls)
     assert (beyond["n"], beyond["runs"], beyond["controls"]) == (64, 2, 2)
     assert 0 < beyond["metrics"]["dnsmos"]["low"] < 0.05 < beyond["metrics"]["dnsmos"]["high"]
     page = checked(write_comparison(runs + controls))
-    assert "more than its control" in page.said and "Beyond the control" in page.said and page.tags.count("audio") == 4 * 5
+    assert (
+        "more than its control" in page.said
+        and "Beyond the control" in page.said
+        and page.tags.count("audio") == 4 * 5
+    )
     assert "No control, no conclusion" in checked(write_comparison(runs, tmp_path / "two.html")).said
     mixed = [runs[0], make_run(tmp_path / "half", finished=False, control="shuffle-advantages")]
     assert "no result" in checked(write_comparison(mixed, tmp_path / "mixed.html")).said
 
 
 def test_what_cannot_be_compared(tmp_path):
-    run, other = make_run(tmp_path / "run", heldout=4), make_run(tmp_path / "other", control="shuffle-advantages", heldout=4)
+    run, other = (
+        make_run(tmp_path / "run", heldout=4),
+        make_run(tmp_path / "other", control="shuffle-advantages", heldout=4),
+    )
     config = RunDir(other).read_json("config.json")
     RunDir(other).write_json("config.json", config | {"reward": "nisqa"})
     with pytest.raises(UserError, match="different rewards"):
@@ -153,7 +196,10 @@ def test_what_cannot_be_compared(tmp_path):
 
 def test_the_control_command_repeats_the_settings(tmp_path):
     path = make_run(tmp_path / "a run", seed=7)
-    RunDir(path).write_json("config.json", RunDir(path).read_json("config.json") | {"beta": 0.625, "texts": "my texts.txt", "out": "x"})
+    RunDir(path).write_json(
+        "config.json",
+        RunDir(path).read_json("config.json") | {"beta": 0.625, "texts": "my texts.txt", "out": "x"},
+    )
     command = control_command(read_run(path)).splitlines()
     assert command[0].startswith("python -m dlpo_nb.launch tiny ")
     for part in ("--seed 7", "--beta 0.625", "--texts 'my texts.txt'", "--control shuffle-advantages"):
@@ -166,7 +212,9 @@ def test_the_command(tmp_path, capsys):
     path = make_run(tmp_path / "run")
     main([str(path), "--out", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html") and checked(tmp_path / "page.html")
-    bad = subprocess.run([sys.executable, "-m", "dlpo_nb.report", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    bad = subprocess.run(
+        [sys.executable, "-m", "dlpo_nb.report", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     with pytest.raises(UserError, match="no run given"):
         main([])
@@ -175,15 +223,28 @@ def test_the_command(tmp_path, capsys):
 def test_a_method_that_this_process_does_not_know(tmp_path):
     """A page about a folder needs the folder only."""
     path = make_run(tmp_path / "run", method="positive")
-    RunDir(path).write_json("config.json", RunDir(path).read_json("config.json") | {
-        "objective": {"alpha": 1.0, "beta": 2.0}, "flags": ["--method", "positive", "--beta", "2.0"], "changes": [{"episode": 3, "beta": 1.0}]})
+    RunDir(path).write_json(
+        "config.json",
+        RunDir(path).read_json("config.json")
+        | {
+            "objective": {"alpha": 1.0, "beta": 2.0},
+            "flags": ["--method", "positive", "--beta", "2.0"],
+            "changes": [{"episode": 3, "beta": 1.0}],
+        },
+    )
     page = checked(write_report(path))
-    assert "launch tiny --method positive --beta 2.0 --control" in page.said and "Settings were changed on the way" in page.said
+    assert (
+        "launch tiny --method positive --beta 2.0 --control" in page.said
+        and "Settings were changed on the way" in page.said
+    )
 
 
 def test_a_text_that_one_run_lacks_is_left_out_of_all(tmp_path):
     """A judge refuses a recording that lasts too long; its row has no score."""
-    run, control = make_run(tmp_path / "run"), make_run(tmp_path / "control", control="shuffle-advantages", effect=0.0)
+    run, control = (
+        make_run(tmp_path / "run"),
+        make_run(tmp_path / "control", control="shuffle-advantages", effect=0.0),
+    )
     rows = read_rows(run / "evaluation.csv")
     del rows["tuned"][0]["dnsmos"]
     write_rows(run / "evaluation.csv", rows)
@@ -201,4 +262,7 @@ def test_what_a_judge_refused_is_listed(tmp_path):
     tuned[2]["nisqa"], tuned[2].refused = None, {"nisqa": "longer than <60> s"}
     run.write_json("summary.json", run.read_json("summary.json") | {"evaluation": compare(base, tuned)})
     said = checked(write_report(run.path)).said
-    assert "Left out on both sides (column n): nisqa could not judge text 3, “Rain, <at last>.”, of the tuned model: longer than <60> s." in said
+    assert (
+        "Left out on both sides (column n): nisqa could not judge text 3, “Rain, <at last>.”, of the tuned model: longer than <60> s."
+        in said
+    )

@@ -1,4 +1,5 @@
 """Killed at any moment and resumed, a run ends as if nothing had happened: the same bits in every file, and each episode once in the log."""
+
 import json
 import multiprocessing
 import os
@@ -21,8 +22,24 @@ from dlpo_nb.launch import LaunchConfig, applicable, begin, check_resumed, store
 from dlpo_nb.weights import read_safetensors
 
 EPISODES = 6
-SETTINGS = dict(method="klinr", reward="loud - 0.5*long", normalise="z", episodes=EPISODES, batch_size=6, group_size=2, micro_batch=4, fork=3, rollout_steps=6,
-                denoising_frames=8, advantage="buffer", buffer_min_count=3, buffer_size=6, learning_rate=1e-3, watch_every=2, watch_texts=3)
+SETTINGS = dict(
+    method="klinr",
+    reward="loud - 0.5*long",
+    normalise="z",
+    episodes=EPISODES,
+    batch_size=6,
+    group_size=2,
+    micro_batch=4,
+    fork=3,
+    rollout_steps=6,
+    denoising_frames=8,
+    advantage="buffer",
+    buffer_min_count=3,
+    buffer_size=6,
+    learning_rate=1e-3,
+    watch_every=2,
+    watch_texts=3,
+)
 
 
 def settings(out):
@@ -84,7 +101,9 @@ def whole(tmp_path_factory):
 def test_killed_at_random(whole, tmp_path):
     """Again and again, in rollouts, scoring, updates and writing, until it has been killed at least ten times."""
     (rows, files), duration = whole
-    assert [row["episode"] for row in rows] == list(range(EPISODES)) and sum("reward/heldout" in row for row in rows) == EPISODES // 2
+    assert [row["episode"] for row in rows] == list(range(EPISODES)) and sum(
+        "reward/heldout" in row for row in rows
+    ) == EPISODES // 2
     draw, kills, runs = random.Random(0), 0, 0
     while kills < 10:
         out = tmp_path / f"run{(runs := runs + 1)}"
@@ -106,7 +125,7 @@ def test_killed_while_writing(which, whole, tmp_path):
     process = started(out, which)
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    if (out / "metrics.jsonl").exists(): # and half a line
+    if (out / "metrics.jsonl").exists():  # and half a line
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"episode": 1, "rew')
     process = started(out)
@@ -120,8 +139,12 @@ def tuner_in(folder):
 
 def test_two_states_and_three_models_are_kept(whole):
     names = set(whole[0][1])
-    assert {name for name in names if name.startswith("state")} == {f"state-{n:06d}.pt" for n in (EPISODES - 1, EPISODES)}
-    assert {name for name in names if name.startswith("best-")} == {row["file"] for row in json.loads(whole[0][1]["best.json"].decode())} and "tuned.safetensors" in names
+    assert {name for name in names if name.startswith("state")} == {
+        f"state-{n:06d}.pt" for n in (EPISODES - 1, EPISODES)
+    }
+    assert {name for name in names if name.startswith("best-")} == {
+        row["file"] for row in json.loads(whole[0][1]["best.json"].decode())
+    } and "tuned.safetensors" in names
 
 
 def test_ranking_of_a_resumed_run(tmp_path):
@@ -202,10 +225,22 @@ def test_a_resumed_run_keeps_what_was(tmp_path):
         save_last(tuner, out / "checkpoints")
     begun = RunDir(out).read_json("config.json")
     changed = resumed(out, learning_rate=5e-4, micro_batch=2)
-    assert changed["learning_rate"] == 1e-3 and changed["changes"] == [{"episode": 2, "learning_rate": 5e-4}] and changed["micro_batch"] == 2
-    assert {k: v for k, v in changed.items() if begun.get(k) != v}.keys() == {"changes", "micro_batch", "flags"}
+    assert (
+        changed["learning_rate"] == 1e-3
+        and changed["changes"] == [{"episode": 2, "learning_rate": 5e-4}]
+        and changed["micro_batch"] == 2
+    )
+    assert {k: v for k, v in changed.items() if begun.get(k) != v}.keys() == {
+        "changes",
+        "micro_batch",
+        "flags",
+    }
     again = resumed(out, beta=0.25, episodes=7)
-    assert again["changes"] == changed["changes"] + [{"episode": 3, "beta": 0.25}] and again["beta"] == begun["beta"] and again["episodes"] == 7
+    assert (
+        again["changes"] == changed["changes"] + [{"episode": 3, "beta": 0.25}]
+        and again["beta"] == begun["beta"]
+        and again["episodes"] == 7
+    )
     assert resumed(out)["changes"] == again["changes"] and stored_config(out)[1].learning_rate == 5e-4
     with pytest.raises(UserError, match="has done 5"):
         resumed(out, episodes=4)
@@ -217,7 +252,11 @@ def test_a_record_of_before_is_resumed(tmp_path):
     begin("tiny", settings(out), tuner_in(out))
     unlock_folders()
     record = RunDir(out).read_json("config.json")
-    old = {{"denoising_frames": "guidance_frames"}.get(name, name): value for name, value in record.items() if name not in ("inputs", "flags", "objective")}
+    old = {
+        {"denoising_frames": "guidance_frames"}.get(name, name): value
+        for name, value in record.items()
+        if name not in ("inputs", "flags", "objective")
+    }
     RunDir(out).write_json("config.json", old)
     again = resumed(out)
     assert "changes" not in again and again["denoising_frames"] == 8

@@ -1,4 +1,5 @@
 """Rewards: edges of the protocol, the formula parser under random input, DNSMOS against speechmos, NISQA against its published scores."""
+
 import csv
 import math
 import os
@@ -100,7 +101,9 @@ def test_full_scale_is_clipped_before_and_after_resampling():
     ],
 )
 def test_mistakes_of_the_caller_are_user_errors(change):
-    call = dict(audio=torch.zeros(2, 1000), lengths=torch.tensor([1000, 900]), sample_rate=RATE, texts=["a", "b"])
+    call = dict(
+        audio=torch.zeros(2, 1000), lengths=torch.tensor([1000, 900]), sample_rate=RATE, texts=["a", "b"]
+    )
     with pytest.raises(UserError):
         Loudest()(**{**call, **change})
 
@@ -115,17 +118,38 @@ def test_failures_are_listed_with_their_reasons_and_the_others_are_scored():
         name, max_seconds = "picky", 1.0
 
         def score_clips(self, clips, sample_rate, texts):
-            return [math.nan if text == "odd" else clip.abs().max().item() for clip, text in zip(clips, texts)]
+            return [
+                math.nan if text == "odd" else clip.abs().max().item() for clip, text in zip(clips, texts)
+            ]
 
-    clips = [voice(0.5), voice(0.5) * math.nan, torch.zeros(0), voice(40), voice(0.4), voice(0.01), voice(0.3)]
+    clips = [
+        voice(0.5),
+        voice(0.5) * math.nan,
+        torch.zeros(0),
+        voice(40),
+        voice(0.4),
+        voice(0.01),
+        voice(0.3),
+    ]
     lengths = torch.tensor([len(clip) for clip in clips])
     texts = ["fine", "nan", "empty", "long", "odd", "short", "fine too"]
     reward = Picky()
     scores = reward(torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), lengths, RATE, texts)
     assert [(f.index, f.text) for f in reward.last_failures] == [(i, texts[i]) for i in (1, 2, 3, 4, 5)]
-    for failure, reason in zip(reward.last_failures, ["not finite", "shorter than the 0.02 s", "40 s is longer than the 1 s that picky takes", "its score", "0.00998 s is shorter"]):
+    for failure, reason in zip(
+        reward.last_failures,
+        [
+            "not finite",
+            "shorter than the 0.02 s",
+            "40 s is longer than the 1 s that picky takes",
+            "its score",
+            "0.00998 s is shorter",
+        ],
+    ):
         assert reason in failure.reason
-    assert scores[[0, 6]].tolist() == [clips[0].abs().max().item(), clips[6].abs().max().item()] and set(scores[1:6].tolist()) == {-1.0}
+    assert scores[[0, 6]].tolist() == [clips[0].abs().max().item(), clips[6].abs().max().item()] and set(
+        scores[1:6].tolist()
+    ) == {-1.0}
     score(reward, voice(0.5))
     assert reward.failures == 5 and len(reward.last_failures) == 0
 
@@ -150,7 +174,9 @@ def check_invariance(reward, clips):
     }
     for name, found in others.items():
         np.testing.assert_allclose(found, scores, atol=1e-4, err_msg=name)
-    np.testing.assert_allclose(score(reward, *longer)[1:], scores[1:], atol=1e-4, err_msg="a neighbour with silence appended")
+    np.testing.assert_allclose(
+        score(reward, *longer)[1:], scores[1:], atol=1e-4, err_msg="a neighbour with silence appended"
+    )
     assert scores.std() > 0 and reward.failures == 0
 
 
@@ -159,7 +185,28 @@ def check_invariance(reward, clips):
 
 def test_random_formulas_give_weights_or_a_user_error():
     draw = random.Random(0)
-    pieces = ["dnsmos", "wer", "_", "1", "0.5", ".5", "1e3", "1e999", "+", "-", "*", " ", "(", ")", "\n", "é", "nan", "__class__", ".", "e"]
+    pieces = [
+        "dnsmos",
+        "wer",
+        "_",
+        "1",
+        "0.5",
+        ".5",
+        "1e3",
+        "1e999",
+        "+",
+        "-",
+        "*",
+        " ",
+        "(",
+        ")",
+        "\n",
+        "é",
+        "nan",
+        "__class__",
+        ".",
+        "e",
+    ]
     for _ in range(5000):
         formula = "".join(draw.choices(pieces, k=draw.randrange(8)))
         try:
@@ -209,7 +256,9 @@ def test_moments_are_those_of_all_numbers_at_once():
     moments = Moments()
     for few in values.split([1, 2, 97, 400]):
         moments.update(few)
-    np.testing.assert_allclose(moments.z(values), (values - values.mean()) / values.std(correction=0), atol=1e-8)  # numbers near 1e6 are 1e-10 apart
+    np.testing.assert_allclose(
+        moments.z(values), (values - values.mean()) / values.std(correction=0), atol=1e-8
+    )  # numbers near 1e6 are 1e-10 apart
     assert Moments().z(torch.tensor([3.0])).tolist() == [3.0]  # nothing is known yet
     one = Moments()
     one.update(torch.tensor([0.25, 0.25]))
@@ -227,7 +276,9 @@ def test_z_is_taken_from_the_first_utterances_and_then_stays():
     means = {name: (x.mean(), x.std(correction=0)) for name, x in raw.components.items()}
     for chunk, found in ((clips[16:24], first), (clips[24:], later)):
         score(raw, *chunk)
-        expected = sum(w * (raw.components[name] - means[name][0]) / means[name][1] for name, w in raw.weights.items())
+        expected = sum(
+            w * (raw.components[name] - means[name][0]) / means[name][1] for name, w in raw.weights.items()
+        )
         np.testing.assert_allclose(found, expected, atol=1e-4)
     assert reward.name == "0.8*z(a) - 2*z(b)"
 
@@ -237,12 +288,19 @@ def test_failed_utterances_stay_out_of_the_statistics_and_get_the_bad_end():
     clips = [*clips_of(8), torch.full((5000,), math.nan)]
     scores = score(reward, *clips)
     assert reward.state_dict()["a"]["count"] == 8 and scores.argmin() == 8 and scores.isfinite().all()
-    assert [(f.index, f.reason) for f in reward.last_failures] == [(8, "a: the audio is not finite"), (8, "b: the audio is not finite")]
+    assert [(f.index, f.reason) for f in reward.last_failures] == [
+        (8, "a: the audio is not finite"),
+        (8, "b: the audio is not finite"),
+    ]
     score(reward, torch.full((5000,), math.nan))  # nothing that could enter
 
 
 def test_a_resumed_run_goes_on_exactly(tmp_path):
-    whole, halves, clips = two_parts(normalise="z", warmup=20), two_parts(normalise="z", warmup=20), clips_of(32)
+    whole, halves, clips = (
+        two_parts(normalise="z", warmup=20),
+        two_parts(normalise="z", warmup=20),
+        clips_of(32),
+    )
     expected = [score(whole, *clips[i : i + 4]) for i in range(0, 32, 4)]
     for i in (0, 4, 8):
         score(halves, *clips[i : i + 4])
@@ -258,7 +316,10 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
 
 def test_components_are_means_over_all_calls_since_they_were_asked_for():
     reward, clips = two_parts(normalise="z"), clips_of(7)
-    parts = [(score(reward, *few), reward.components["a"], reward.components["b"])[1:] for few in (clips[:2], clips[2:])]
+    parts = [
+        (score(reward, *few), reward.components["a"], reward.components["b"])[1:]
+        for few in (clips[:2], clips[2:])
+    ]
     found = reward.pop_components()
     assert list(found) == ["reward/a", "reward/b"]
     for mean, scores in zip(found.values(), zip(*parts)):
@@ -275,7 +336,9 @@ def test_a_run_is_not_paid_for_errors():
         check_as_reward(fine)
         assert not fine.lower_is_better
     for wrong in (Errors(), both(0.5), CombinedReward({"errors": 2.0}, {"errors": Errors()}, "z")):
-        with pytest.raises(UserError, match="pay for more errors.*--reward=-errors or --reward 'dnsmos - 0.5[*]errors'"):
+        with pytest.raises(
+            UserError, match="pay for more errors.*--reward=-errors or --reward 'dnsmos - 0.5[*]errors'"
+        ):
             check_as_reward(wrong)
     assert get_reward("-wer", wer={"recogniser": "pocketsphinx"}).weights == {"wer": -1.0}
     with pytest.raises(UserError, match="more wer"):
@@ -285,8 +348,12 @@ def test_a_run_is_not_paid_for_errors():
 def test_what_lasts_longer_than_a_minute_is_no_utterance():
     reward, book = DNSMOS(), torch.zeros(40 * 60 * 8000)
     clip = voice(0.5, 8000)
-    assert torch.equal(score(reward, clip, book, rate=8000), torch.tensor([score(DNSMOS(), clip, rate=8000).item(), 1.0]))
-    assert [(f.index, f.reason) for f in reward.last_failures] == [(1, "2400 s is longer than the 60 s that dnsmos takes")]
+    assert torch.equal(
+        score(reward, clip, book, rate=8000), torch.tensor([score(DNSMOS(), clip, rate=8000).item(), 1.0])
+    )
+    assert [(f.index, f.reason) for f in reward.last_failures] == [
+        (1, "2400 s is longer than the 60 s that dnsmos takes")
+    ]
 
 
 def test_normalise_is_known_to_get_reward():
@@ -363,14 +430,23 @@ def test_failures_in_the_background_are_listed_by_place_in_the_answer():
         for batch in (broken, broken.flip(0)):
             queue.submit(batch, torch.full((2,), batch.shape[1]), RATE, ["first", "second"])
         scores = queue.collect()
-        assert [(f.index, f.text) for f in queue.last_failures] == [(1, "second"), (1, "second"), (2, "first"), (2, "first")]
+        assert [(f.index, f.text) for f in queue.last_failures] == [
+            (1, "second"),
+            (1, "second"),
+            (2, "first"),
+            (2, "first"),
+        ]
     assert scores.argmin().item() in (1, 2) and len(reward.pop_components()) == 2
 
 
 def test_options_reach_their_part():
     assert get_reward("dnsmos", score="bak").score == "bak"
     assert get_reward("2*dnsmos", dnsmos={"score": "sig"}).rewards["dnsmos"].score == "sig"
-    for formula, options in [("dnsmos", {"scores": "bak"}), ("2*dnsmos", {"score": "sig"}), ("dnsmos", {"threads": 0})]:
+    for formula, options in [
+        ("dnsmos", {"scores": "bak"}),
+        ("2*dnsmos", {"score": "sig"}),
+        ("dnsmos", {"threads": 0}),
+    ]:
         with pytest.raises(UserError):
             get_reward(formula, **options)
 
@@ -393,17 +469,29 @@ def test_mel_filters_are_librosas():
 def test_dnsmos_is_speechmos_on_the_tile_and_on_long_clips():
     from speechmos import dnsmos
 
-    clips = [voice(0.7, SAMPLE_RATE, 1), voice(3.3, SAMPLE_RATE, 2), torch.zeros(9000), voice(11.2, SAMPLE_RATE, 3)]
+    clips = [
+        voice(0.7, SAMPLE_RATE, 1),
+        voice(3.3, SAMPLE_RATE, 2),
+        torch.zeros(9000),
+        voice(11.2, SAMPLE_RATE, 3),
+    ]
     theirs = [dnsmos.run((windows(c)[0] if len(c) < 144160 else c).numpy(), SAMPLE_RATE) for c in clips]
     lengths = torch.tensor([len(clip) for clip in clips])
     audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=math.nan)
-    for name, ours in DNSMOS().details(audio, lengths, SAMPLE_RATE, [""] * len(clips)).items():  # the next test asks for each by its name
-        np.testing.assert_allclose(ours, [scores[f"{name}_mos"] for scores in theirs], atol=1e-4, err_msg=name)
+    for name, ours in (
+        DNSMOS().details(audio, lengths, SAMPLE_RATE, [""] * len(clips)).items()
+    ):  # the next test asks for each by its name
+        np.testing.assert_allclose(
+            ours, [scores[f"{name}_mos"] for scores in theirs], atol=1e-4, err_msg=name
+        )
 
 
 def test_details_are_the_four_scores_and_names_reach_them():
     clips = [voice(0.7, seed=1), voice(9.6, seed=2)]
-    lengths, audio = torch.tensor([len(clip) for clip in clips]), torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    lengths, audio = (
+        torch.tensor([len(clip) for clip in clips]),
+        torch.nn.utils.rnn.pad_sequence(clips, batch_first=True),
+    )
     found = DNSMOS(threads=2).details(audio, lengths, RATE, ["", ""])
     assert list(found) == ["p808", "sig", "bak", "ovrl"]
     for name, scores in found.items():
@@ -416,7 +504,9 @@ def test_details_are_the_four_scores_and_names_reach_them():
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_dnsmos_does_not_hear_neighbours_padding_or_order(threads):
-    check_invariance(DNSMOS(threads=threads), [voice(0.3 + 0.17 * i, seed=i) for i in range(15)] + [voice(11.3)])
+    check_invariance(
+        DNSMOS(threads=threads), [voice(0.3 + 0.17 * i, seed=i) for i in range(15)] + [voice(11.3)]
+    )
 
 
 def test_dnsmos_takes_any_rate_and_length():
@@ -425,7 +515,9 @@ def test_dnsmos_takes_any_rate_and_length():
     long = voice(600, 8000)
     assert 1 < score(reward, long[: 8000 * 33], rate=8000).item() < 5
     views = windows(long)  # 300 s at 16 kHz, without a copy for each window
-    assert len(views) == 270 and all(view.untyped_storage().data_ptr() == long.untyped_storage().data_ptr() for view in views)
+    assert len(views) == 270 and all(
+        view.untyped_storage().data_ptr() == long.untyped_storage().data_ptr() for view in views
+    )
 
 
 def test_windows_are_those_the_reference_scores():
@@ -475,7 +567,9 @@ def random_weights(tmp_path):
     from torchmetrics.functional.audio.nisqa import _NISQADIM
 
     torch.manual_seed(0)
-    torch.save({"args": OPTIONS, "model_state_dict": _NISQADIM(OPTIONS).state_dict()}, tmp_path / "random.tar")
+    torch.save(
+        {"args": OPTIONS, "model_state_dict": _NISQADIM(OPTIONS).state_dict()}, tmp_path / "random.tar"
+    )
     return tmp_path / "random.tar"
 
 
@@ -509,19 +603,29 @@ def test_nisqa_with_random_weights_keeps_the_promises(home, random_weights):
 def test_nisqa_leaves_out_what_is_too_long_for_it_and_scores_the_others(home, random_weights):
     reward, clip = NISQA(weights=random_weights), voice(0.6)
     scores = score(reward, clip, torch.zeros(60 * RATE), clip)
-    assert scores[[0, 2]].tolist() == score(NISQA(weights=random_weights), clip).tolist() * 2 and scores[1] == reward.worst
-    assert [(f.index, f.reason) for f in reward.last_failures] == [(1, "60 s is longer than the 52 s that nisqa takes")]
+    assert (
+        scores[[0, 2]].tolist() == score(NISQA(weights=random_weights), clip).tolist() * 2
+        and scores[1] == reward.worst
+    )
+    assert [(f.index, f.reason) for f in reward.last_failures] == [
+        (1, "60 s is longer than the 52 s that nisqa takes")
+    ]
     assert score(reward, torch.zeros(52 * RATE)).item() != reward.worst
 
 
 def test_nisqa_details_are_five_and_the_first_is_the_score(home, random_weights):
     reward, clips = NISQA(weights=random_weights), [voice(0.6), voice(0.4, seed=1)]
-    audio, lengths = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True), torch.tensor([len(clip) for clip in clips])
+    audio, lengths = (
+        torch.nn.utils.rnn.pad_sequence(clips, batch_first=True),
+        torch.tensor([len(clip) for clip in clips]),
+    )
     for i, head in enumerate(reward.network.pool_layers):  # they begin as copies of one
         head.model.linear3.bias += i
     found = reward.details(audio, lengths, RATE, ["", ""])
     assert list(found) == ["mos", "noisiness", "discontinuity", "coloration", "loudness"]
-    assert torch.equal(found["mos"], score(reward, *clips)) and found["loudness"].tolist() == pytest.approx([4 + x for x in found["mos"].tolist()])
+    assert torch.equal(found["mos"], score(reward, *clips)) and found["loudness"].tolist() == pytest.approx(
+        [4 + x for x in found["mos"].tolist()]
+    )
 
 
 def test_nisqa_does_not_hear_neighbours_padding_or_order(home, random_weights):
@@ -540,7 +644,10 @@ def test_nisqa_raw_and_normalised_stand_side_by_side(home, random_weights):
     both = get_reward("nisqa + 0*nisqa_normalised", nisqa=options, nisqa_normalised=options)
     score(both, 0.1 * voice(0.6))
     assert both.components["nisqa"] != both.components["nisqa_normalised"]
-    assert torch.equal(both.components["nisqa_normalised"], score(NISQA(random_weights, level_normalise=True), 0.1 * voice(0.6)))
+    assert torch.equal(
+        both.components["nisqa_normalised"],
+        score(NISQA(random_weights, level_normalise=True), 0.1 * voice(0.6)),
+    )
     assert both.rewards["nisqa_normalised"].name == "nisqa_normalised"
 
 
@@ -563,23 +670,39 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-NISQA_COLUMNS = dict(mos="nisqa_mos", noisiness="nisqa_noi", discontinuity="nisqa_dis", coloration="nisqa_col", loudness="nisqa_loud")
+NISQA_COLUMNS = dict(
+    mos="nisqa_mos",
+    noisiness="nisqa_noi",
+    discontinuity="nisqa_dis",
+    coloration="nisqa_col",
+    loudness="nisqa_loud",
+)
 
 
-@pytest.mark.parametrize("table, folder, count", [("dlpo_demo/scores.csv", "dlpo_demo", 42), ("ljspeech/scores_32.csv", "ljspeech/wavs", 32)])
+@pytest.mark.parametrize(
+    "table, folder, count",
+    [("dlpo_demo/scores.csv", "dlpo_demo", 42), ("ljspeech/scores_32.csv", "ljspeech/wavs", 32)],
+)
 def test_nisqa_gives_the_published_scores(shared, home, table, folder, count):
     weights = shared / "data/nisqa/nisqa.tar"
     if not weights.is_file() or not (shared / "data" / table).is_file():
         pytest.skip(f"NISQA's weights or {table} are not in the shared folder")
     with open(shared / "data" / table, newline="") as file:
-        rows = [(row, shared / "data" / folder / f"{Path(row['file']).stem}.flac") for row in csv.DictReader(file)]
+        rows = [
+            (row, shared / "data" / folder / f"{Path(row['file']).stem}.flac") for row in csv.DictReader(file)
+        ]
     rows = [(row, path) for row, path in rows if path.is_file()]
     clips = [read_audio(path) for _, path in rows]
-    lengths, audio = torch.tensor([len(clip) for clip in clips]), torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    lengths, audio = (
+        torch.tensor([len(clip) for clip in clips]),
+        torch.nn.utils.rnn.pad_sequence(clips, batch_first=True),
+    )
     found = NISQA(weights=weights).details(audio, lengths, RATE, [""] * len(clips))
     assert len(rows) == count and rows[0][0]["sample_rate"] == str(RATE)
     for name, column in NISQA_COLUMNS.items():
-        np.testing.assert_allclose(found[name], [float(row[column]) for row, _ in rows], atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], [float(row[column]) for row, _ in rows], atol=1e-3, err_msg=name
+        )
     assert not (home / ".torchmetrics").exists()
 
 
@@ -600,8 +723,14 @@ def test_odd_sound_is_scored_put_down_and_said_once_of_each_kind():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         score(reward, voice(0.5), silence, voice(0.5) + 0.2, silence)
-        assert [(f.index, f.reason.split(" of ")[0]) for f in reward.last_faults] == [(1, "it is digital silence"), (2, "it has a DC offset"), (3, "it is digital silence")]
+        assert [(f.index, f.reason.split(" of ")[0]) for f in reward.last_faults] == [
+            (1, "it is digital silence"),
+            (2, "it has a DC offset"),
+            (3, "it is digital silence"),
+        ]
         score(reward, silence)
         assert len(reward.last_faults) == 1
         score(reward, voice(0.5))
-    assert not reward.last_faults and ["silence" in str(w.message) or "DC offset of 0.2" in str(w.message) for w in caught] == [True, True]
+    assert not reward.last_faults and [
+        "silence" in str(w.message) or "DC offset of 0.2" in str(w.message) for w in caught
+    ] == [True, True]

@@ -1,4 +1,5 @@
 """Text to symbols: the published training lists, hostile input, the packaged sentences."""
+
 import collections
 import json
 import random
@@ -7,8 +8,21 @@ import re
 import pytest
 
 from dlpo_nb.core import UserError, split_lines
-from dlpo_nb.text import (PHONES, SYMBOLS, VOWELS, CONSONANTS, line_to_ids, normalise, pad_ids, phones_to_ids, prompts, read_texts, text_to_ids,
-                          text_to_phones, text_to_words)
+from dlpo_nb.text import (
+    PHONES,
+    SYMBOLS,
+    VOWELS,
+    CONSONANTS,
+    line_to_ids,
+    normalise,
+    pad_ids,
+    phones_to_ids,
+    prompts,
+    read_texts,
+    text_to_ids,
+    text_to_phones,
+    text_to_words,
+)
 from dlpo_nb.normalisation import tokens
 from dlpo_nb.tokens import dictionary
 
@@ -47,7 +61,12 @@ def test_all_published_lines(shared, examples):
             counts.update(SYMBOLS[i][1:] for i in ids)
             lengths.append(len(ids))
     want = examples["corpus"]
-    assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (want["lines"], want["tokens"], want["shortest"], want["longest"])
+    assert (len(lengths), sum(lengths), min(lengths), max(lengths)) == (
+        want["lines"],
+        want["tokens"],
+        want["shortest"],
+        want["longest"],
+    )
     assert counts == want["phone_counts"]
 
 
@@ -75,29 +94,49 @@ def test_phone_error_rate_on_published_lines(shared, capsys):
     assert wrong / total < 0.10
 
 
-@pytest.mark.parametrize("text, words", [
-    ("Dr. Smith, 42!", "doctor smith, forty-two!"),
-    ("It cost $3.50.", "it cost three dollars fifty cents."),
-    ("£1, $0.01, €2.5 million", "one pound, one cent, two point five million euros"),
-    ("$.25 each", "twenty-five cents each"),
-    ("At 7:45, 7:00, 7:05 and 19:30", "at seven forty-five, seven o'clock, seven oh five and nineteen thirty"),
-    ("He left at 5 p.m.", "he left at five P M."),
-    ("In 1999, 1905, 1900, 2005 and 1,999", "in nineteen ninety-nine, nineteen oh five, nineteen hundred, two thousand five and one thousand nine hundred ninety-nine"),
-    ("The 21st, the 1990s, 1/2 and 2½", "the twenty-first, the nineteen nineties, one half and two and one half"),
-    ("-3.14 or .5, 007", "minus three point one four or zero point five, zero zero seven"),
-    ("10-12 km & 50%", "ten to twelve kilometers and fifty percent"),
-    ("“Café” — naïve…", '"cafe" -- naive...'),
-    ("Henry VIII, Part IV", "henry the eighth, part four"),
-    ("In the 16th Charles I, George I think of John V. Smith", "in the sixteenth charles the first, george i think of john V smith"),
-    ("Serial No. C2766, a .22 rifle, a B52", "serial number C two seven six six, a twenty-two rifle, a B fifty-two"),
-    ("Messrs. Hill, Drs. Perry and Bell, Esq.", "messers hill, doctors perry and bell, esquire."),
-    ("St. Mary, Mary St.", "saint mary, mary street."),
-    ("A. J. Smith of the U.S. Army", "A J smith of the U S army"),
-    ("Plan A, I am a man", "plan A, i am a man"),
-    ("GO AWAY NOW", "go away now"),
-    ("The XQZ and NASA", "the X Q Z and nasa"),
-    ("I DON'T", "i don't"), ("WE'RE off to NASA'S", "we're off to nasa's"), ("O'BRIEN, the BBC'S man", "o'brien, the B B C's man"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Dr. Smith, 42!", "doctor smith, forty-two!"),
+        ("It cost $3.50.", "it cost three dollars fifty cents."),
+        ("£1, $0.01, €2.5 million", "one pound, one cent, two point five million euros"),
+        ("$.25 each", "twenty-five cents each"),
+        (
+            "At 7:45, 7:00, 7:05 and 19:30",
+            "at seven forty-five, seven o'clock, seven oh five and nineteen thirty",
+        ),
+        ("He left at 5 p.m.", "he left at five P M."),
+        (
+            "In 1999, 1905, 1900, 2005 and 1,999",
+            "in nineteen ninety-nine, nineteen oh five, nineteen hundred, two thousand five and one thousand nine hundred ninety-nine",
+        ),
+        (
+            "The 21st, the 1990s, 1/2 and 2½",
+            "the twenty-first, the nineteen nineties, one half and two and one half",
+        ),
+        ("-3.14 or .5, 007", "minus three point one four or zero point five, zero zero seven"),
+        ("10-12 km & 50%", "ten to twelve kilometers and fifty percent"),
+        ("“Café” — naïve…", '"cafe" -- naive...'),
+        ("Henry VIII, Part IV", "henry the eighth, part four"),
+        (
+            "In the 16th Charles I, George I think of John V. Smith",
+            "in the sixteenth charles the first, george i think of john V smith",
+        ),
+        (
+            "Serial No. C2766, a .22 rifle, a B52",
+            "serial number C two seven six six, a twenty-two rifle, a B fifty-two",
+        ),
+        ("Messrs. Hill, Drs. Perry and Bell, Esq.", "messers hill, doctors perry and bell, esquire."),
+        ("St. Mary, Mary St.", "saint mary, mary street."),
+        ("A. J. Smith of the U.S. Army", "A J smith of the U S army"),
+        ("Plan A, I am a man", "plan A, i am a man"),
+        ("GO AWAY NOW", "go away now"),
+        ("The XQZ and NASA", "the X Q Z and nasa"),
+        ("I DON'T", "i don't"),
+        ("WE'RE off to NASA'S", "we're off to nasa's"),
+        ("O'BRIEN, the BBC'S man", "o'brien, the B B C's man"),
+    ],
+)
 def test_normalise(text, words):
     assert normalise(text) == words
 
@@ -117,7 +156,12 @@ def test_other_scripts_are_refused(text):
 def test_pauses():
     assert text_to_phones(", Hello -- world; ...") == "HH AH0 L OW1 sp W ER1 L D sp".split()
     assert "sp" not in text_to_phones("a well-known twenty-two (or so)")
-    assert text_to_phones("Stop!") == text_to_phones("Stop?") == text_to_phones("Stop.") == text_to_phones("Stop:")
+    assert (
+        text_to_phones("Stop!")
+        == text_to_phones("Stop?")
+        == text_to_phones("Stop.")
+        == text_to_phones("Stop:")
+    )
 
 
 def test_no_word_is_dropped():
@@ -149,7 +193,9 @@ def test_nothing_but_punctuation_passes_unread():
     for i in range(1500):
         text = "".join(rng.choices(characters if i % 2 else pieces, k=rng.randint(1, 12)))
         try:
-            assert all(kind or re.fullmatch(r"[ ,.?!;:'\"()-]", written) for kind, written, _ in tokens(text)), text
+            assert all(
+                kind or re.fullmatch(r"[ ,.?!;:'\"()-]", written) for kind, written, _ in tokens(text)
+            ), text
         except UserError as error:
             assert "markup" in str(error)
 
@@ -161,7 +207,14 @@ def test_long_text_and_numbers():
 
 def test_suffixes_sound_as_they_should():
     assert text_to_phones("zyxcats zyxdogs"), "unknown words are read"
-    for word, ending in [("blogger's", "Z"), ("sunbonnets", "S"), ("rewaxes", "IH0 Z"), ("unsorted", "IH0 D"), ("replaned", "D"), ("restacking", "IH0 NG")]:
+    for word, ending in [
+        ("blogger's", "Z"),
+        ("sunbonnets", "S"),
+        ("rewaxes", "IH0 Z"),
+        ("unsorted", "IH0 D"),
+        ("replaned", "D"),
+        ("restacking", "IH0 NG"),
+    ]:
         assert word not in dictionary() and " ".join(text_to_phones(word)).endswith(ending), word
 
 
@@ -173,8 +226,10 @@ def test_phones_to_ids_refuses_unknown():
 def test_prompts():
     train, heldout = prompts("train"), prompts("heldout")
     assert (len(train), len(heldout)) == (240, 96)
+
     def key(text):
         return re.sub("[^a-z ]", "", text.lower())
+
     assert len({key(text) for text in train + heldout}) == 336
     for text in train + heldout:
         assert re.fullmatch(r"[A-Z][A-Za-z, ]+[.?]", text), text
@@ -224,30 +279,47 @@ def test_written_english_is_read_as_people_read_it(data, name, count):
 
     rows = [line.split("\t") for line in split_lines((data / f"{name}.tsv").read_text(encoding="utf-8"))[1:]]
     assert len(rows) == count
-    wrong = [(text, normalise(text), words) for _, text, words in rows if plain(normalise(text)) not in map(plain, words.split(" | "))]
+    wrong = [
+        (text, normalise(text), words)
+        for _, text, words in rows
+        if plain(normalise(text)) not in map(plain, words.split(" | "))
+    ]
     assert not wrong
 
 
 def test_sentences_that_no_rule_was_made_for(data):
-    rows = [line.split("\t") for line in split_lines((data / "written_english_unseen.tsv").read_text(encoding="utf-8"))[1:]]
+    rows = [
+        line.split("\t")
+        for line in split_lines((data / "written_english_unseen.tsv").read_text(encoding="utf-8"))[1:]
+    ]
     bare = lambda text: re.sub("[^a-z]", "", text.lower())
     right = sum(bare(normalise(text)) in map(bare, words.split(" | ")) for _, text, words in rows)
     assert len(rows) == 54 and right >= 52  # the first count
 
 
-@pytest.mark.parametrize("text, words", [
-    ("At 7.30pm, 9am-5pm, 3:59.4 or 10:1.", "at seven thirty P M, nine A M to five P M, three minutes and fifty-nine point four seconds or ten to one."),
-    ("A $5-million deal, $5 million.", "a five million dollar deal, five million dollars."),
-    ("5'11\", a 5'11\" man, \"6'\"", "five feet eleven inches, a five foot eleven inch man, \"six'\""),
-    ("9.8 m/s², 5 kΩ, 3 GB/s", "nine point eight meters per second squared, five kiloohms, three gigabytes per second"),
-    ("I live in the U.S. She left the U.S. army.", "i live in the U S. she left the U S army."),
-    ("Mr. A. Hill, etc. It grew.", "mister A hill, et cetera. it grew."),
-    ("F.B.I.'s, FBI's, ATMs", "F B I's, F B I's, A T M's"),
-    ("ISBN 978-3-16, code 12", "I S B N nine seven eight three one six, code twelve"),
-    ("x>=5 -> y!=3", "x greater than or equal to five to y not equal to three"),
-    ("Plan A works. A plan works.", "plan A works. a plan works."),
-    ("10×3, 2 × 3, 4x4, 0x3", "ten by three, two times three, four by four, zero X three"),
-    ("``Hello'' 10⁻³ α", '"hello" ten to the power of minus three alpha')])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            "At 7.30pm, 9am-5pm, 3:59.4 or 10:1.",
+            "at seven thirty P M, nine A M to five P M, three minutes and fifty-nine point four seconds or ten to one.",
+        ),
+        ("A $5-million deal, $5 million.", "a five million dollar deal, five million dollars."),
+        ('5\'11", a 5\'11" man, "6\'"', 'five feet eleven inches, a five foot eleven inch man, "six\'"'),
+        (
+            "9.8 m/s², 5 kΩ, 3 GB/s",
+            "nine point eight meters per second squared, five kiloohms, three gigabytes per second",
+        ),
+        ("I live in the U.S. She left the U.S. army.", "i live in the U S. she left the U S army."),
+        ("Mr. A. Hill, etc. It grew.", "mister A hill, et cetera. it grew."),
+        ("F.B.I.'s, FBI's, ATMs", "F B I's, F B I's, A T M's"),
+        ("ISBN 978-3-16, code 12", "I S B N nine seven eight three one six, code twelve"),
+        ("x>=5 -> y!=3", "x greater than or equal to five to y not equal to three"),
+        ("Plan A works. A plan works.", "plan A works. a plan works."),
+        ("10×3, 2 × 3, 4x4, 0x3", "ten by three, two times three, four by four, zero X three"),
+        ("``Hello'' 10⁻³ α", '"hello" ten to the power of minus three alpha'),
+    ],
+)
 def test_the_longest_token_wins(text, words):
     assert normalise(text) == words
 
@@ -256,9 +328,16 @@ def test_a_sign_by_itself_is_read():
     assert text_to_words("%") == ["percent"] and text_to_words("€5") == ["five", "euros"]
 
 
-@pytest.mark.parametrize("text, phones", [
-    ("ATMs", "EY1 T IY1 EH1 M Z"), ("résumé", "R EH1 Z AH0 M EY2"), ("The wind", "DH AH0 W IH1 N D"),
-    ("AT&T", "EY1 T IY1 AE1 N D T IY1"), ("impor\u00adtant", "IH0 M P AO1 R T AH0 N T")])
+@pytest.mark.parametrize(
+    "text, phones",
+    [
+        ("ATMs", "EY1 T IY1 EH1 M Z"),
+        ("résumé", "R EH1 Z AH0 M EY2"),
+        ("The wind", "DH AH0 W IH1 N D"),
+        ("AT&T", "EY1 T IY1 AE1 N D T IY1"),
+        ("impor\u00adtant", "IH0 M P AO1 R T AH0 N T"),
+    ],
+)
 def test_phones_of_written_english(text, phones):
     assert " ".join(text_to_phones(text)) == phones
 
@@ -274,10 +353,20 @@ def test_every_ascii_sign_is_said_or_is_punctuation():
         assert len(text_to_phones(f"b {sign} b")) > 4, sign
 
 
-@pytest.mark.parametrize("content", [
-    "LJ001-0001|The cat sat.\nLJ001-0002|A dog ran.\n", "wavs/a.wav|0|Hello there.\n", "a|Yes.|Yes.\r\nb|No.|No.", "a b.wav|Yes.\n",
-    "id|text\na|Yes.\nb|No.\nno name\n", "a\tYes.\nb\tNo.\n", "a.wav,Yes.\nb.wav,No.\n", "x/a.wav Yes.\n",
-    '{"audio": "a.wav", "text": "Yes."}\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "LJ001-0001|The cat sat.\nLJ001-0002|A dog ran.\n",
+        "wavs/a.wav|0|Hello there.\n",
+        "a|Yes.|Yes.\r\nb|No.|No.",
+        "a b.wav|Yes.\n",
+        "id|text\na|Yes.\nb|No.\nno name\n",
+        "a\tYes.\nb\tNo.\n",
+        "a.wav,Yes.\nb.wav,No.\n",
+        "x/a.wav Yes.\n",
+        '{"audio": "a.wav", "text": "Yes."}\n',
+    ],
+)
 def test_a_list_of_recordings_is_not_texts(tmp_path, content):
     (tmp_path / "list.txt").write_text(content, encoding="utf-8", newline="")
     with pytest.raises(UserError, match="list of recordings"):
@@ -295,5 +384,7 @@ def test_a_ratio_is_not_a_pause():
 
 
 def test_a_bar_in_a_text_is_no_list(tmp_path):
-    (tmp_path / "t.txt").write_text("Press A | B now.\nMy uncle, a.k.a. Bob, drives.\nOne|two.\n", encoding="utf-8")
+    (tmp_path / "t.txt").write_text(
+        "Press A | B now.\nMy uncle, a.k.a. Bob, drives.\nOne|two.\n", encoding="utf-8"
+    )
     assert len(read_texts(tmp_path / "t.txt")) == 3

@@ -1,4 +1,5 @@
 """UTMOS: the reference's scores, batches that change nothing, both kinds of weight files, and files that are something else."""
+
 import os
 import pickle
 import shutil
@@ -18,7 +19,9 @@ CASES = {"a_0p5s_16k": ["a"], "b_1p7s_22k": ["b"], "c_3s_16k": ["c"], "d_batch2_
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 # a mean opinion score of 1 to 5 after a hundred layers: float32 has 7 digits, and sums are added in any order; bfloat16 has 3
 ROUNDING = 1e-4
-SMALL = {name: torch.zeros(1).expand(shape) for name, shape in utmos_weights.shapes().items()}  # right names and shapes, hardly any bytes
+SMALL = {
+    name: torch.zeros(1).expand(shape) for name, shape in utmos_weights.shapes().items()
+}  # right names and shapes, hardly any bytes
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,9 @@ def test_float64_is_the_reference_in_every_stage(weights, reference):
         stages = network.stages(heard)
         for stage in ("conv", "proj", "ssl", "blstm"):
             assert stages[stage].shape == tuple(reference[f"{name}/{stage}_shape"])
-            np.testing.assert_allclose(stages[stage][:, ::7, ::37], reference[f"{name}/{stage}_thin"], atol=1e-6)
+            np.testing.assert_allclose(
+                stages[stage][:, ::7, ::37], reference[f"{name}/{stage}_thin"], atol=1e-6
+            )
             np.testing.assert_allclose(stages[stage].sum((1, 2)), reference[f"{name}/{stage}_sum"], atol=1e-7)
         np.testing.assert_allclose(stages["frame"], reference[f"{name}/frame"], atol=1e-9)
         np.testing.assert_allclose(network(heard), reference[f"{name}/score"], atol=1e-9)
@@ -91,7 +96,9 @@ def test_float64_is_the_reference_in_every_stage(weights, reference):
 @pytest.mark.parametrize("name", CASES)
 def test_float32_is_the_reference(judge, reference, name):
     audio, rate = case(reference, name)
-    np.testing.assert_allclose(score(judge, *audio.float(), rate=rate), reference[f"{name}/score"], atol=ROUNDING)
+    np.testing.assert_allclose(
+        score(judge, *audio.float(), rate=rate), reference[f"{name}/score"], atol=ROUNDING
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -102,7 +109,9 @@ def test_bfloat16_is_near_and_the_convolutions_stay_fine(weights, reference, dev
     assert coarse.batch_size == (1 if device == "cpu" else 16)
     for name in CASES:
         audio, rate = case(reference, name)
-        np.testing.assert_allclose(score(coarse, *audio.float(), rate=rate), reference[f"{name}/score"], atol=0.1)
+        np.testing.assert_allclose(
+            score(coarse, *audio.float(), rate=rate), reference[f"{name}/score"], atol=0.1
+        )
 
 
 def test_safetensors_give_the_same_network(judge, tmp_path):
@@ -142,8 +151,14 @@ def test_batches_hold_equal_lengths_only():
 
 def test_what_cannot_be_scored_is_worst_and_counted(judge):
     before = judge.failures
-    scores = score(judge, wave("x"), wave("x") * float("nan"), wave("x", 399), wave("x", 0), padding=float("nan"))
-    assert scores[0] == score(judge, wave("x"))[0] and scores[1:].tolist() == [1.0] * 3 and judge.failures == before + 3
+    scores = score(
+        judge, wave("x"), wave("x") * float("nan"), wave("x", 399), wave("x", 0), padding=float("nan")
+    )
+    assert (
+        scores[0] == score(judge, wave("x"))[0]
+        and scores[1:].tolist() == [1.0] * 3
+        and judge.failures == before + 3
+    )
     assert score(judge, torch.zeros(8000)).isfinite().all()
 
 
@@ -158,7 +173,9 @@ def test_a_formula_takes_its_options(weights):
 
 def test_without_weights_it_says_what_to_get_and_fetches_nothing(home, monkeypatch):
     assert find_utmos_weights() is None
-    with pytest.raises(UserError, match=f"{WEIGHTS_NAME}.*tarepan/SpeechMOS.*v1.0.0.*DLPO_UTMOS_WEIGHTS.*~/.cache/dlpo_nb"):
+    with pytest.raises(
+        UserError, match=f"{WEIGHTS_NAME}.*tarepan/SpeechMOS.*v1.0.0.*DLPO_UTMOS_WEIGHTS.*~/.cache/dlpo_nb"
+    ):
         get_reward("utmos")
     monkeypatch.setenv("DLPO_UTMOS_WEIGHTS", "nowhere/utmos.pt")
     with pytest.raises(UserError, match="nowhere/utmos.pt"):
@@ -186,7 +203,15 @@ def refused(path, match):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n", bytes(5000)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!DOCTYPE html><html>Not Found</html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        bytes(5000),
+    ],
+)
 def test_files_that_are_something_else_are_refused(tmp_path, content, suffix):
     path = tmp_path / f"page{suffix}"
     path.write_bytes(content)
@@ -206,9 +231,15 @@ def test_half_a_file_is_refused(tmp_path, keep):
 @pytest.mark.parametrize(
     "content, match",
     [
-        ({name: tensor for name, tensor in SMALL.items() if name != "judge_emb"}, "1 of its 225 tensors are missing, such as judge_emb"),
+        (
+            {name: tensor for name, tensor in SMALL.items() if name != "judge_emb"},
+            "1 of its 225 tensors are missing, such as judge_emb",
+        ),
         ({**SMALL, "extra": torch.zeros(1)}, "not part of it, such as 'extra'"),
-        ({**SMALL, "judge_emb": torch.zeros(3000, 128)}, r"judge_emb has the shape \(3000, 128\), not \(1, 128\)"),
+        (
+            {**SMALL, "judge_emb": torch.zeros(3000, 128)},
+            r"judge_emb has the shape \(3000, 128\), not \(1, 128\)",
+        ),
         ({"state_dict": SMALL}, "no plain dict"),
         ([1, 2], "no plain dict"),
         ({}, "225 of its 225"),
@@ -240,7 +271,16 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("options", [dict(dtype="float16"), dict(dtype=torch.float32), dict(batch_size=0), dict(batch_size=1.5), dict(device="gpu")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(dtype="float16"),
+        dict(dtype=torch.float32),
+        dict(batch_size=0),
+        dict(batch_size=1.5),
+        dict(device="gpu"),
+    ],
+)
 def test_options_that_are_not_there(weights, options):
     with pytest.raises(UserError):
         UTMOS(weights=weights, **options)

@@ -1,4 +1,5 @@
 """WaveGrad 2: agreement with the released implementation, padding, precision, files."""
+
 import importlib.util
 import json
 import os
@@ -22,8 +23,15 @@ from dlpo_nb.policy import denoising_loss, duration_loss
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 from dlpo_nb.wavegrad2.upsampling import round_durations
 
-NARROW = WaveGrad2Config(encoder_channels=24, speaker_channels=4, predictor_channels=12, first_up=24, up=(24, 16, 16, 8, 8),
-                         first_down=4, down=(8, 8, 16, 24))
+NARROW = WaveGrad2Config(
+    encoder_channels=24,
+    speaker_channels=4,
+    predictor_channels=12,
+    first_up=24,
+    up=(24, 16, 16, 8, 8),
+    first_down=4,
+    down=(8, 8, 16, 24),
+)
 LARGE = dict(double_blocks=True, up_dilations=((1, 2, 4, 8),) * 5)
 # The level's angle goes up to 5000 radians, where float32 numbers are 5e-4 apart: a power function that rounds otherwise moves its sine
 # by 1e-3, and with it the decoder's output (up to 1.7) by 1e-4, the losses by 1e-5, norms of gradients by 1e-4. Ten times that is allowed.
@@ -95,7 +103,11 @@ def test_encoder_in_training(base, ref):
     saved = {key: value.clone() for key, value in base.encoder.state_dict().items()}
     base.encoder.train()
     try:
-        assert_near(base.encoder(ref["text_ids"], ref["text_lengths"], reference_padding=True), ref["enc_out_trainbn"], ENCODER)
+        assert_near(
+            base.encoder(ref["text_ids"], ref["text_lengths"], reference_padding=True),
+            ref["enc_out_trainbn"],
+            ENCODER,
+        )
         assert_near(norm.running_mean, ref["enc_trainbn_running_mean0"], ENCODER)
         assert_near(norm.running_var, ref["enc_trainbn_running_var0"], ENCODER)
     finally:
@@ -111,7 +123,12 @@ def memory(model, ids, lengths):
 
 @torch.no_grad()
 def test_resampling_teacher_forced(base, ref):
-    up = base.resampling(memory(base, ref["text_ids"], ref["text_lengths"]), ref["text_lengths"], ref["durations"], reference_padding=True)
+    up = base.resampling(
+        memory(base, ref["text_ids"], ref["text_lengths"]),
+        ref["text_lengths"],
+        ref["durations"],
+        reference_padding=True,
+    )
     assert torch.equal(up.frames, ref["output_lengths"])
     assert_near(up.hidden[:, ::8], ref["tf_hidden_rep"], ENCODER)
     assert_near(up.alignment, ref["tf_alignment"], ENCODER)
@@ -146,12 +163,18 @@ def test_decoder(base, ref, name):
 def test_plain_transcription(base, ref, name):
     """What tools/bench compares our decoder with is the reference, too."""
     plain = load_tool("plain_decoder").PlainDecoder(base.decoder.state_dict())
-    eps = plain(ref[f"dec_q_sample_{name}"], 0.25 * noise((2, 576, 4), "ref/dec/hidden"), ref[f"dec_noise_level_{name}"])
+    eps = plain(
+        ref[f"dec_q_sample_{name}"],
+        0.25 * noise((2, 576, 4), "ref/dec/hidden"),
+        ref[f"dec_noise_level_{name}"],
+    )
     assert_near(eps, ref[f"dec_eps_{name}"], DECODER)
 
 
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "tools" / "bench" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).resolve().parents[1] / "tools" / "bench" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -161,7 +184,11 @@ def test_gradients_against_plain_transcription():
     """Of the weights, the frames and the samples; long enough for the weights' gradient by taps."""
     model, grads = narrow().double(), {}
     plain = load_tool("plain_decoder").PlainDecoder(model.decoder.state_dict())
-    samples, frames, level = torch.randn(2, 300 * 30).double(), torch.randn(2, 28, 30).double(), torch.tensor([[0.3], [0.9]]).double()
+    samples, frames, level = (
+        torch.randn(2, 300 * 30).double(),
+        torch.randn(2, 28, 30).double(),
+        torch.tensor([[0.3], [0.9]]).double(),
+    )
     for decode, decoder in ((model.predict_noise, model.decoder), (plain, plain)):
         x, hidden = samples.clone().requires_grad_(), frames.clone().requires_grad_()
         decode(x, hidden, level).square().mean().backward()
@@ -187,28 +214,44 @@ def test_same_bits_with_and_without_gradients(changes):
 
 def test_level_embedding(ref):
     for film, channels in (("film0", 32), ("film4", 512)):
-        assert_near(level_embedding(ref["dec_noise_level_mixed"], channels), ref[f"posenc_{film}_mixed"], LEVEL)
+        assert_near(
+            level_embedding(ref["dec_noise_level_mixed"], channels), ref[f"posenc_{film}_mixed"], LEVEL
+        )
 
 
 @torch.no_grad()
 def test_inside_the_decoder(base, ref):
     expected = {
-        "dblock_preconv": (-56.5364827, 26032.9037, -246.124548), "dblocks.0": (-788.741077, 29543.1598, -0.710228552),
-        "dblocks.3": (-84.2305071, 1621.65277, -10.9135359), "ublock_preconv": (-7.13570856, 823.929067, -2.08890016),
-        "films.2.shift_conv": (-2306.37848, 64189.4239, -106.868552), "films.4.scale_conv": (-6.46493309, 8558.85206, 84.4979117),
-        "ublocks.0": (-376.156549, 6101.69231, 94.6204963), "ublocks.4": (-3733.50551, 149648.777, -51.5897394)}
+        "dblock_preconv": (-56.5364827, 26032.9037, -246.124548),
+        "dblocks.0": (-788.741077, 29543.1598, -0.710228552),
+        "dblocks.3": (-84.2305071, 1621.65277, -10.9135359),
+        "ublock_preconv": (-7.13570856, 823.929067, -2.08890016),
+        "films.2.shift_conv": (-2306.37848, 64189.4239, -106.868552),
+        "films.4.scale_conv": (-6.46493309, 8558.85206, 84.4979117),
+        "ublocks.0": (-376.156549, 6101.69231, 94.6204963),
+        "ublocks.4": (-3733.50551, 149648.777, -51.5897394),
+    }
     found = {}
-    hooks = [base.decoder.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: found.update({name: out})) for name in expected]
-    base.predict_noise(ref["dec_q_sample_mixed"], 0.25 * noise((2, 576, 4), "ref/dec/hidden"), ref["dec_noise_level_mixed"])
+    hooks = [
+        base.decoder.get_submodule(name).register_forward_hook(
+            lambda m, i, out, name=name: found.update({name: out})
+        )
+        for name in expected
+    ]
+    base.predict_noise(
+        ref["dec_q_sample_mixed"], 0.25 * noise((2, 576, 4), "ref/dec/hidden"), ref["dec_noise_level_mixed"]
+    )
     for hook in hooks:
         hook.remove()
     for name, sums in expected.items():
         assert_checksum(found[name], sums)
 
 
-SCHEDULES = {"lin10": lambda: NoiseSchedule.linear(10, 1e-6, 1e-2, table_dtype=torch.float32),
-             "lin1000_start10": lambda: NoiseSchedule.linear(1000, 1e-6, 1e-2, table_dtype=torch.float32),
-             "infer8": lambda: NoiseSchedule.inference8(table_dtype=torch.float32)}
+SCHEDULES = {
+    "lin10": lambda: NoiseSchedule.linear(10, 1e-6, 1e-2, table_dtype=torch.float32),
+    "lin1000_start10": lambda: NoiseSchedule.linear(1000, 1e-6, 1e-2, table_dtype=torch.float32),
+    "infer8": lambda: NoiseSchedule.inference8(table_dtype=torch.float32),
+}
 
 
 @torch.no_grad()
@@ -227,7 +270,9 @@ def reference_chain(model, schedule, hidden, name, start):
 def test_samples(base, ref, name):
     schedule = SCHEDULES[name]()
     start = 8 if name == "infer8" else 10
-    states = reference_chain(base, schedule, 0.25 * noise((2, 576, 4), "ref/sample/hidden"), f"ref/sample/{name}", start)
+    states = reference_chain(
+        base, schedule, 0.25 * noise((2, 576, 4), "ref/sample/hidden"), f"ref/sample/{name}", start
+    )
     kept = [states[1], states[len(states) // 2], states[-1]]
     assert_near(torch.stack(kept), ref[f"sample_{name}_states"], SAMPLES)
 
@@ -244,14 +289,16 @@ def training_case(model, ref, size, starts):
     """Audio and hidden windows (B, 300 * size), (B, C, size), and the conditioning, as the released trainer cuts them."""
     lengths = ref["output_lengths"]
     extra = integers(2, "ref/wavextra", 1, 300)
-    waves = [waveform(300 * int(n) + int(e), f"ref/train/wav{i}") for i, (n, e) in enumerate(zip(lengths, extra))]
+    waves = [
+        waveform(300 * int(n) + int(e), f"ref/train/wav{i}") for i, (n, e) in enumerate(zip(lengths, extra))
+    ]
     assert [len(w) for w in waves] == ref["train_wav_lengths"].tolist()
     audio = torch.zeros(2, 300 * (max(map(len, waves)) // 300 + 1 + size))
     for row, wave in zip(audio, waves):
         row[: len(wave)] = wave
     said = model.condition(ref["text_ids"], ref["text_lengths"], ref["durations"], reference_padding=True)
     hidden = F.pad(said.hidden, (0, size))
-    windows = [(a[300 * s:300 * (s + size)], h[:, s:s + size]) for a, h, s in zip(audio, hidden, starts)]
+    windows = [(a[300 * s : 300 * (s + size)], h[:, s : s + size]) for a, h, s in zip(audio, hidden, starts)]
     return *(torch.stack(v) for v in zip(*windows)), said
 
 
@@ -259,13 +306,17 @@ def training_case(model, ref, size, starts):
 @torch.no_grad()
 def test_training_losses(base, ref, size):
     name, shape = f"train{size}", (2, 300 * size)
-    audio, hidden, said = training_case(base, ref, size, ref["train8_starts"].tolist() if size == 8 else [0, 0])
+    audio, hidden, said = training_case(
+        base, ref, size, ref["train8_starts"].tolist() if size == 8 else [0, 0]
+    )
     level = SCHEDULES["lin1000_start10"]().levels.float()[ref["train_step"] - 1][:, None]
     eps = noise(shape, f"ref/train/eps{size}")
     diffusion = denoising_loss(base, audio, hidden, level, eps)
     seconds = duration_loss(said.seconds, ref["durations"], said.mask, 73.5)
     total, l1, duration = ref[f"{name}_losses"].tolist()
-    assert diffusion.item() == pytest.approx(l1, rel=LOSS) and seconds.item() == pytest.approx(duration, rel=LOSS)
+    assert diffusion.item() == pytest.approx(l1, rel=LOSS) and seconds.item() == pytest.approx(
+        duration, rel=LOSS
+    )
     assert (diffusion + seconds).item() == pytest.approx(total, rel=LOSS)
     sums = ref[f"{name}_checksums"].numpy()
     for tensor, expected in ((audio, sums[0]), (eps, sums[2]), (hidden, sums[4])):
@@ -278,7 +329,10 @@ def test_gradients(base, ref):
     loss = denoising_loss(base, audio, hidden, level, noise((2, 2400), "ref/train/eps8"))
     base.zero_grad()
     (loss + duration_loss(said.seconds, ref["durations"], said.mask, 73.5)).backward()
-    norms = {name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item() for name, m in base.named_children()}
+    norms = {
+        name: torch.stack([p.grad.norm() for p in m.parameters()]).norm().item()
+        for name, m in base.named_children()
+    }
     base.zero_grad()
     expected = dict(encoder=0.3958072, speaker_embedding=0.006735903, resampling=0.3040983, decoder=6.706299)
     assert norms == pytest.approx(expected, rel=GRADIENT)
@@ -286,7 +340,9 @@ def test_gradients(base, ref):
 
 @torch.no_grad()
 def test_training_mode_loss(base, ref):
-    saved = {key: value.clone() for key, value in base.state_dict().items() if "running" in key or "tracked" in key}
+    saved = {
+        key: value.clone() for key, value in base.state_dict().items() if "running" in key or "tracked" in key
+    }
     table = torch.cat([torch.ones(1), SCHEDULES["lin1000_start10"]().levels.float()])
     u, step = uniform(2, "ref/train/rand"), ref["train_step"]
     level = (u * table[step - 1] + (1 - u) * table[step])[:, None]
@@ -299,7 +355,9 @@ def test_training_mode_loss(base, ref):
     finally:
         base.load_state_dict(saved, strict=False)
         base.eval()
-    assert [diffusion + seconds, diffusion, seconds] == pytest.approx(ref["train8_trainmode_losses"].tolist(), rel=LOSS)
+    assert [diffusion + seconds, diffusion, seconds] == pytest.approx(
+        ref["train8_trainmode_losses"].tolist(), rel=LOSS
+    )
     assert_near(hidden[:, ::8], ref["train8_trainmode_hidden_rep_sliced"], ENCODER)
 
 
@@ -317,9 +375,16 @@ def test_keys_and_sizes(data, size, total):
 
 def by_the_book(state, config, x, hidden, level):
     """The decoder as functions of its state_dict, with plain interpolation everywhere."""
+
     def conv(name, v, dilation=1):
         weight = state[f"{name}.conv1d.weight"]
-        return F.conv1d(v, weight, state[f"{name}.conv1d.bias"], padding=dilation * (weight.shape[2] - 1) // 2, dilation=dilation)
+        return F.conv1d(
+            v,
+            weight,
+            state[f"{name}.conv1d.bias"],
+            padding=dilation * (weight.shape[2] - 1) // 2,
+            dilation=dilation,
+        )
 
     def act(v):
         return torch.where(v > 0, v, 0.2 * v)
@@ -337,15 +402,20 @@ def by_the_book(state, config, x, hidden, level):
     def up(name, v, factor, first, dilations, film):
         def mod(part, v, dilation):
             return conv(f"{name}.{part}.convolution", act(film[0] * v + film[1]), dilation)
+
         size = v.shape[2] * factor
         main = conv(f"{name}.first_block_main_branch.{first}", to(act(v), size), dilations[0])
-        v = mod("first_block_main_branch.modulation", main, dilations[1]) + to(conv(f"{name}.first_block_residual_branch.0", v), size)
+        v = mod("first_block_main_branch.modulation", main, dilations[1]) + to(
+            conv(f"{name}.first_block_residual_branch.0", v), size
+        )
         main = mod("second_block_main_branch.modulation_0", v, dilations[2])
         return v + mod("second_block_main_branch.modulation_1", main, dilations[3])
 
     def film(i, v):
         z = act(conv(f"films.{i}.signal_conv.0", v))
-        angle = torch.stack([5000 * level[:, 0] * 10 ** (-4 * k / (z.shape[1] / 2)) for k in range(z.shape[1] // 2)], 1)
+        angle = torch.stack(
+            [5000 * level[:, 0] * 10 ** (-4 * k / (z.shape[1] / 2)) for k in range(z.shape[1] // 2)], 1
+        )
         z = z + torch.cat([angle.sin(), angle.cos()], 1)[..., None]
         return conv(f"films.{i}.scale_conv", z), conv(f"films.{i}.shift_conv", z)
 
@@ -365,7 +435,11 @@ def by_the_book(state, config, x, hidden, level):
 @torch.no_grad()
 def test_large_forward():
     model = narrow(**LARGE).double()
-    x, hidden, level = torch.randn(2, 1500).double(), torch.randn(2, 28, 5).double(), torch.tensor([[0.1], [0.9]]).double()
+    x, hidden, level = (
+        torch.randn(2, 1500).double(),
+        torch.randn(2, 28, 5).double(),
+        torch.tensor([[0.1], [0.9]]).double(),
+    )
     expected = by_the_book(model.decoder.state_dict(), model.config, x, hidden, level)
     assert_near(model.predict_noise(x, hidden, level), expected, 1e-10)
 
@@ -394,11 +468,17 @@ def test_batch_equals_alone(changes, predicted):
     x, level = torch.randn(3, 300 * said.hidden.shape[2]), torch.tensor([[0.3], [0.8], [0.999]])
     eps = model.predict_noise(x, said.hidden, level, said.frames)
     for i, (n, t) in enumerate(zip(lengths.tolist(), said.frames.tolist())):
-        alone = model.condition(ids[i:i + 1, :n], lengths[i:i + 1], None if predicted else durations[i:i + 1, :n])
+        alone = model.condition(
+            ids[i : i + 1, :n], lengths[i : i + 1], None if predicted else durations[i : i + 1, :n]
+        )
         assert torch.equal(alone.durations[0], said.durations[i, :n]) and alone.frames.tolist() == [t]
-        assert_near(said.hidden[i:i + 1, :, :t], alone.hidden, 1e-5)
-        assert (said.hidden[i, :, t:] == 0).all() and (eps[i, 300 * t:] == 0).all()
-        assert_close(eps[i:i + 1, :300 * t], model.predict_noise(x[i:i + 1, :300 * t], alone.hidden, level[i:i + 1]), 1e-4)  # sums of 1000 products in another order
+        assert_near(said.hidden[i : i + 1, :, :t], alone.hidden, 1e-5)
+        assert (said.hidden[i, :, t:] == 0).all() and (eps[i, 300 * t :] == 0).all()
+        assert_close(
+            eps[i : i + 1, : 300 * t],
+            model.predict_noise(x[i : i + 1, : 300 * t], alone.hidden, level[i : i + 1]),
+            1e-4,
+        )  # sums of 1000 products in another order
 
 
 def test_gradients_do_not_depend_on_the_batch():
@@ -408,11 +488,11 @@ def test_gradients_do_not_depend_on_the_batch():
     def gradient(rows):
         model.zero_grad()
         for i in rows:
-            n = int(lengths[i.start:i.stop].max())
+            n = int(lengths[i.start : i.stop].max())
             said = model.condition(ids[i, :n], lengths[i], durations[i, :n])
             t, level = said.hidden.shape[2], torch.full((len(said.hidden), 1), 0.5)
             mask = length_mask(300 * said.frames, 300 * t)
-            error = (model.predict_noise(x[i, :300 * t], said.hidden, level, said.frames) - 1).abs() * mask
+            error = (model.predict_noise(x[i, : 300 * t], said.hidden, level, said.frames) - 1).abs() * mask
             (error.sum() + said.seconds.sum()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -436,7 +516,10 @@ def test_training_statistics_do_not_count_padding():
 def test_same_length_needs_no_frames():
     model = narrow()
     x, hidden = torch.randn(2, 900), torch.randn(2, 28, 3)
-    assert torch.equal(model.predict_noise(x, hidden, 0.5), model.predict_noise(x, hidden, torch.full((2, 1), 0.5), torch.tensor([3, 3])))
+    assert torch.equal(
+        model.predict_noise(x, hidden, 0.5),
+        model.predict_noise(x, hidden, torch.full((2, 1), 0.5), torch.tensor([3, 3])),
+    )
 
 
 def test_synthesis():
@@ -461,7 +544,10 @@ def test_synthesis():
 
 
 def test_durations_are_never_negative_or_nothing():
-    seconds, mask = torch.tensor([[-0.5, -0.2, 0.0], [0.1, -0.1, 0.02], [float("nan"), 0.0, 0.0]]), length_mask(torch.tensor([2, 3, 3]), 3)
+    seconds, mask = (
+        torch.tensor([[-0.5, -0.2, 0.0], [0.1, -0.1, 0.02], [float("nan"), 0.0, 0.0]]),
+        length_mask(torch.tensor([2, 3, 3]), 3),
+    )
     assert round_durations(seconds[:2], mask[:2], 73.5).tolist() == [[0, 1, 0], [7, 0, 1]]
     assert round_durations(seconds[:2], mask[:2], 73.5, keep_negative=True)[0, 0] < 0
     with pytest.raises(UserError, match="not finite"):
@@ -494,7 +580,12 @@ def test_double_and_bfloat16():
     model.double()
     told = model.condition(ids, lengths, durations)
     double = model.predict_noise(x.double(), told.hidden, level, told.frames)
-    assert (single.dtype, half.dtype, double.dtype, told.hidden.dtype) == (torch.float32, torch.float32, torch.float64, torch.float64)
+    assert (single.dtype, half.dtype, double.dtype, told.hidden.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.float64,
+        torch.float64,
+    )
     assert_near(single.double(), double, 1e-2)  # the level's float32 sine against float64: 1e-3
     assert (half - single).norm() < 0.05 * single.norm()
 
@@ -504,8 +595,13 @@ def test_training_step_under_autocast():
     ids, lengths, durations = batch_of_three()
     with torch.autocast("cpu", torch.bfloat16):
         said = model.condition(ids, lengths, durations)
-        loss = denoising_loss(model, torch.randn(3, 300 * said.hidden.shape[2]), said.hidden, torch.tensor([[0.5]] * 3),
-                              torch.randn(3, 300 * said.hidden.shape[2]))
+        loss = denoising_loss(
+            model,
+            torch.randn(3, 300 * said.hidden.shape[2]),
+            said.hidden,
+            torch.tensor([[0.5]] * 3),
+            torch.randn(3, 300 * said.hidden.shape[2]),
+        )
     (loss + duration_loss(said.seconds, durations, said.mask, 73.5)).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -528,10 +624,17 @@ def test_gpu():
 # --- bad input
 
 
-@pytest.mark.parametrize("ids, lengths", [
-    (torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long)), (torch.tensor([[1, 2]]), torch.tensor([3])),
-    (torch.tensor([[1, 2]]), torch.tensor([0])), (torch.tensor([[1, 200]]), torch.tensor([2])), (torch.tensor([[1, -1]]), torch.tensor([2])),
-    (torch.tensor([1, 2]), torch.tensor([2]))])
+@pytest.mark.parametrize(
+    "ids, lengths",
+    [
+        (torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long)),
+        (torch.tensor([[1, 2]]), torch.tensor([3])),
+        (torch.tensor([[1, 2]]), torch.tensor([0])),
+        (torch.tensor([[1, 200]]), torch.tensor([2])),
+        (torch.tensor([[1, -1]]), torch.tensor([2])),
+        (torch.tensor([1, 2]), torch.tensor([2])),
+    ],
+)
 def test_bad_symbols(ids, lengths):
     with pytest.raises(UserError):
         narrow().condition(ids, lengths)
@@ -539,14 +642,29 @@ def test_bad_symbols(ids, lengths):
 
 def test_bad_decoder_input():
     model, x, hidden = narrow(), torch.randn(2, 600), torch.randn(2, 28, 2)
-    for args in [(x[:, :599], hidden, 0.5), (x[:1], hidden, 0.5), (x, hidden, torch.rand(3, 1)), (x, hidden, 0.5, torch.tensor([1, 3])),
-                 (x, hidden, 0.5, torch.tensor([1])), (x, hidden, 0.5, torch.tensor([0, 2]))]:
+    for args in [
+        (x[:, :599], hidden, 0.5),
+        (x[:1], hidden, 0.5),
+        (x, hidden, torch.rand(3, 1)),
+        (x, hidden, 0.5, torch.tensor([1, 3])),
+        (x, hidden, 0.5, torch.tensor([1])),
+        (x, hidden, 0.5, torch.tensor([0, 2])),
+    ]:
         with pytest.raises(UserError):
             model.predict_noise(*args)
 
 
-@pytest.mark.parametrize("changes", [dict(up=(8, 8)), dict(encoder_channels=7), dict(first_down=3), dict(up_dilations=((1, 2),) * 5),
-                                     dict(first_up=0), dict(factors=(5, 5, 12))])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(up=(8, 8)),
+        dict(encoder_channels=7),
+        dict(first_down=3),
+        dict(up_dilations=((1, 2),) * 5),
+        dict(first_up=0),
+        dict(factors=(5, 5, 12)),
+    ],
+)
 def test_bad_configuration(changes):
     with pytest.raises(UserError):
         replace(NARROW, **changes)
@@ -577,7 +695,9 @@ def test_round_trip(saved, tmp_path):
     model.save(path, half=True)
     assert_same(model, load_wavegrad2(path), 1e-3)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"], "no temporary file stays"
-    loss = denoising_loss(again.train(), torch.randn(1, 600), torch.randn(1, 28, 2), torch.tensor([[0.5]]), torch.randn(1, 600))
+    loss = denoising_loss(
+        again.train(), torch.randn(1, 600), torch.randn(1, 28, 2), torch.tensor([[0.5]]), torch.randn(1, 600)
+    )
     loss.backward()
 
 
@@ -606,8 +726,16 @@ def large_state():
 
 def test_released_layout(large_state, tmp_path):
     evidence, path = tmp_path / "owned", tmp_path / "wavegrad2_epoch=211.ckpt"
-    torch.save({"epoch": 211, "state_dict": large_state, "hyper_parameters": OmegaConfLike(), "callbacks": {Evil: {"best": 1.0}},
-                "optimizer_states": [Evil(evidence)]}, path)
+    torch.save(
+        {
+            "epoch": 211,
+            "state_dict": large_state,
+            "hyper_parameters": OmegaConfLike(),
+            "callbacks": {Evil: {"best": 1.0}},
+            "optimizer_states": [Evil(evidence)],
+        },
+        path,
+    )
     model = load_wavegrad2(path)
     assert not evidence.exists(), "nothing in the file was run"
     assert model.config == replace(WaveGrad2Config.large(), n_speakers=2)
@@ -630,7 +758,11 @@ def test_bare_and_safetensors_without_configuration(tmp_path):
 
 def test_evil_pickle_in_place_of_the_weights(tmp_path):
     evidence, path = tmp_path / "owned", tmp_path / "evil.ckpt"
-    for content in (Evil(evidence), {"state_dict": Evil(evidence)}, {"encoder.embedding.weight": Evil(evidence)}):
+    for content in (
+        Evil(evidence),
+        {"state_dict": Evil(evidence)},
+        {"encoder.embedding.weight": Evil(evidence)},
+    ):
         torch.save(content, path)
         with pytest.raises(UserError):
             load_wavegrad2(path)
@@ -655,9 +787,17 @@ def test_files_that_are_no_checkpoints(saved, tmp_path):
     torch.save({"state_dict": {"a": torch.ones(3)}}, archive)
     with zipfile.ZipFile(tmp_path / "docs.zip", "w") as file:
         file.writestr("readme.txt", "hello")
-    contents = {b"": "not a checkpoint", b"<html></html>": "web page", b"version https://git-lfs.github.com/spec/v1": "not a checkpoint",
-                whole[:5]: "not a checkpoint", whole[:200]: "damaged", whole[: len(whole) // 2]: "damaged",
-                archive.read_bytes(): "no WaveGrad 2", archive.read_bytes()[:-40]: "damaged", (tmp_path / "docs.zip").read_bytes(): "damaged"}
+    contents = {
+        b"": "not a checkpoint",
+        b"<html></html>": "web page",
+        b"version https://git-lfs.github.com/spec/v1": "not a checkpoint",
+        whole[:5]: "not a checkpoint",
+        whole[:200]: "damaged",
+        whole[: len(whole) // 2]: "damaged",
+        archive.read_bytes(): "no WaveGrad 2",
+        archive.read_bytes()[:-40]: "damaged",
+        (tmp_path / "docs.zip").read_bytes(): "damaged",
+    }
     for content, message in contents.items():
         bad.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -669,9 +809,23 @@ def test_files_that_are_no_checkpoints(saved, tmp_path):
 
 def test_wrong_entries(saved, tmp_path):
     model, _ = saved
-    path, state = tmp_path / "other.safetensors", {key: value.clone() for key, value in model.state_dict().items()}
-    notes = {"wavegrad2": json.dumps({"encoder_channels": 24, "speaker_channels": 4, "predictor_channels": 12, "first_up": 24,
-                                      "up": [24, 16, 16, 8, 8], "first_down": 4, "down": [8, 8, 16, 24]})}
+    path, state = (
+        tmp_path / "other.safetensors",
+        {key: value.clone() for key, value in model.state_dict().items()},
+    )
+    notes = {
+        "wavegrad2": json.dumps(
+            {
+                "encoder_channels": 24,
+                "speaker_channels": 4,
+                "predictor_channels": 12,
+                "first_up": 24,
+                "up": [24, 16, 16, 8, 8],
+                "first_down": 4,
+                "down": [8, 8, 16, 24],
+            }
+        )
+    }
 
     def refused(match, metadata=notes, **changes):
         tensors = {key: value for key, value in {**state, **changes}.items() if value is not None}

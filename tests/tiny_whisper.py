@@ -1,16 +1,30 @@
 """A Whisper of random weights and one-byte tokens, made offline: it hears nonsense, but always the same nonsense."""
+
 import torch
 
 from dlpo_nb.audio import import_torchaudio
 
-SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|transcribe|>",
+    "<|translate|>",
+    "<|notimestamps|>",
+]
 
 
 def save_tiny_whisper(folder, seconds=30, multilingual=True, seed=0):
     """Saves a Whisper that hears windows of `seconds` (int) to `folder` (path), and gives the folder back."""
     import_torchaudio()
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
+    from transformers import (
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+        WhisperTokenizer,
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -28,7 +42,10 @@ def save_tiny_whisper(folder, seconds=30, multilingual=True, seed=0):
     settings._from_model_config = False  # else loading forgets what follows
     settings.is_multilingual, settings.no_timestamps_token_id = multilingual, plain
     if multilingual:
-        settings.lang_to_id, settings.task_to_id = {"<|en|>": english}, {"transcribe": transcribe, "translate": translate}
+        settings.lang_to_id, settings.task_to_id = (
+            {"<|en|>": english},
+            {"transcribe": transcribe, "translate": translate},
+        )
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(chunk_length=seconds), tokenizer).save_pretrained(folder)
     return folder

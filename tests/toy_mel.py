@@ -1,4 +1,5 @@
 """The voice of 04b_policy, whose state is a spectrogram: the second policy that everything is tested on."""
+
 import math
 from dataclasses import dataclass
 
@@ -13,21 +14,25 @@ from dlpo_nb.text import text_to_ids
 @dataclass(frozen=True)
 class ToyMelConfig:
     bands: int = 8
-    hop: int = 80 # samples per frame, 5 ms at 16 kHz
-    std: float = 0.3 # of the log-amplitudes around their means
+    hop: int = 80  # samples per frame, 5 ms at 16 kHz
+    std: float = 0.3  # of the log-amplitudes around their means
 
 
 @POLICIES.register("toy_mel")
 class ToyMel(Policy):
     "A voice of a few sine waves; the state of a frame is their log-amplitudes, minus the means that the text asks for."
+
     kind, Config, sample_rate = "toy_mel", ToyMelConfig, 16000
 
     def __init__(self, config):
         super().__init__(config)
         self.width, self.frame_rate = config.bands, self.sample_rate / config.hop
         turns = torch.arange(config.hop) / config.hop * torch.arange(1, config.bands + 1)[:, None]
-        self.register_buffer("waves", (2 * math.pi * turns).sin()) # (bands, hop), orthogonal
-        self.encoder, self.pace = nn.Embedding(151, config.bands), nn.Parameter(torch.tensor(0.04)) # seconds per symbol
+        self.register_buffer("waves", (2 * math.pi * turns).sin())  # (bands, hop), orthogonal
+        self.encoder, self.pace = (
+            nn.Embedding(151, config.bands),
+            nn.Parameter(torch.tensor(0.04)),
+        )  # seconds per symbol
         self.decoder = nn.Conv1d(2 * config.bands, config.bands, 3, padding=1)
 
     def encode(self, texts):
@@ -44,10 +49,15 @@ class ToyMel(Policy):
     def predict_noise(self, x, hidden, level, frames=None):
         frames = torch.full((len(x),), hidden.shape[2], device=x.device) if frames is None else frames
         x, level, mask = x.to(hidden), level.to(hidden), state_mask(frames, 1)[:, None]
-        variance = (level * self.config.std).square() + 1 - level.square() # of x, at this level
-        seen = torch.cat([(x / variance.sqrt()).unflatten(1, (-1, self.width)).transpose(1, 2), hidden], 1) * mask
+        variance = (level * self.config.std).square() + 1 - level.square()  # of x, at this level
+        seen = (
+            torch.cat([(x / variance.sqrt()).unflatten(1, (-1, self.width)).transpose(1, 2), hidden], 1)
+            * mask
+        )
         learnt = (self.decoder(seen) * mask).transpose(1, 2).flatten(1)
-        return ((1 - level.square()).sqrt() / variance * x + 0.1 * level * learnt) * state_mask(frames, self.width)
+        return ((1 - level.square()).sqrt() / variance * x + 0.1 * level * learnt) * state_mask(
+            frames, self.width
+        )
 
     def render(self, x_0, conditioning):
         amplitudes = (x_0.unflatten(1, (-1, self.width)) + conditioning.hidden.transpose(1, 2)).exp()
@@ -55,7 +65,9 @@ class ToyMel(Policy):
         return audio.clamp(-1, 1), conditioning.frames * self.config.hop
 
     def analyse(self, audio, conditioning):
-        amplitudes = audio.to(self.waves).unflatten(1, (-1, self.config.hop)) @ self.waves.T * 2 / self.config.hop
+        amplitudes = (
+            audio.to(self.waves).unflatten(1, (-1, self.config.hop)) @ self.waves.T * 2 / self.config.hop
+        )
         return (amplitudes.clamp(min=1e-6).log() - conditioning.hidden.transpose(1, 2)).flatten(1)
 
     def training_schedule(self):

@@ -3,6 +3,7 @@
 The released network cannot be kept here (411 MB); a network filled like this takes part in every operation with
 numbers that every machine can make again. Its scores mean nothing.
 """
+
 import json
 import math
 import zlib

@@ -12,6 +12,7 @@ processing (--nemo-cases: its folder tests/nemo_text_processing/en/data_text_nor
 nor "and", nor "o" against "oh", nor "negative" against "minus". gruut was run in an environment of its own and
 its counts joined; "before" is commit 8589c80.
 """
+
 import argparse
 import json
 import random
@@ -36,18 +37,23 @@ def comparable(text):
 
 def wetext():
     from wetext import Normalizer
+
     return Normalizer(lang="en", operator="tn").normalize
 
 
 def nemo():
     from nemo_text_processing.text_normalization.normalize import Normalizer
+
     normaliser = Normalizer(input_case="cased", lang="en")
     return lambda text: normaliser.normalize(text, verbose=False)
 
 
 def gruut():
     from gruut import sentences
-    return lambda text: " ".join(sentence.text_spoken for sentence in sentences(text, lang="en-us", phonemes=False))
+
+    return lambda text: " ".join(
+        sentence.text_spoken for sentence in sentences(text, lang="en-us", phonemes=False)
+    )
 
 
 def rows_of(path, separator="\t"):
@@ -56,14 +62,27 @@ def rows_of(path, separator="\t"):
 
 def material(options):
     "name -> [(class, text, right readings)]."
-    sets = {name: [(kind, text, words.split(" | ")) for kind, text, words in rows_of(ROOT / "tests" / "data" / f"{name}.tsv")[1:]]
-            for name in ("written_english", "written_english_fresh", "written_english_unseen")}
+    sets = {
+        name: [
+            (kind, text, words.split(" | "))
+            for kind, text, words in rows_of(ROOT / "tests" / "data" / f"{name}.tsv")[1:]
+        ]
+        for name in ("written_english", "written_english_fresh", "written_english_unseen")
+    }
     if options.ljspeech:
-        differ = [("ljspeech", raw, [words]) for _, raw, words in rows_of(options.ljspeech / "metadata.csv", "|") if raw != words]
+        differ = [
+            ("ljspeech", raw, [words])
+            for _, raw, words in rows_of(options.ljspeech / "metadata.csv", "|")
+            if raw != words
+        ]
         sets["LJSpeech"] = random.Random(0).sample(differ, LJSPEECH_TEXTS)
     if options.nemo_cases:
-        sets["cases of NeMo"] = [(path.stem.removeprefix("test_cases_"), row[0], [row[-1]]) for path in sorted(options.nemo_cases.glob("*.txt"))
-                                 for row in rows_of(path, "~") if len(row) == 2]
+        sets["cases of NeMo"] = [
+            (path.stem.removeprefix("test_cases_"), row[0], [row[-1]])
+            for path in sorted(options.nemo_cases.glob("*.txt"))
+            for row in rows_of(path, "~")
+            if len(row) == 2
+        ]
     return sets
 
 
@@ -88,11 +107,20 @@ def main():
         parser.add_argument(flag, type=Path)
     options = parser.parse_args()
     sets = material(options)
-    result = {name: {"sentences": len(rows), "of": dict(Counter(kind for kind, *_ in rows))} for name, rows in sets.items()}
-    for name, counts in json.loads(options.before.read_text(encoding="utf-8") if options.before else "{}").items():
+    result = {
+        name: {"sentences": len(rows), "of": dict(Counter(kind for kind, *_ in rows))}
+        for name, rows in sets.items()
+    }
+    for name, counts in json.loads(
+        options.before.read_text(encoding="utf-8") if options.before else "{}"
+    ).items():
         result[name]["before"] = {key: counts["ours"][key] for key in ("right", "by_class")}
-    for system, package, make in (("ours", None, lambda: normalise), ("WeText", "wetext", wetext), ("NeMo", "nemo_text_processing", nemo),
-                                  ("gruut", "gruut", gruut)):
+    for system, package, make in (
+        ("ours", None, lambda: normalise),
+        ("WeText", "wetext", wetext),
+        ("NeMo", "nemo_text_processing", nemo),
+        ("gruut", "gruut", gruut),
+    ):
         try:
             normaliser = make()
         except ImportError:
@@ -101,9 +129,13 @@ def main():
         for name, rows in sets.items():
             start = time.process_time()
             right, wrong = judge(normaliser, rows)
-            result[name][system] = {"version": package and metadata.version(package), "right": sum(right.values()), "by_class": dict(right),
-                                    "cpu_seconds": round(time.process_time() - start, 1),
-                                    "wrong": wrong if name.startswith("written") else len(wrong)}
+            result[name][system] = {
+                "version": package and metadata.version(package),
+                "right": sum(right.values()),
+                "by_class": dict(right),
+                "cpu_seconds": round(time.process_time() - start, 1),
+                "wrong": wrong if name.startswith("written") else len(wrong),
+            }
             print(f"{system} on {name}: {sum(right.values())} of {len(rows)}", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 FOLDER holds LJ001-0004_base.flac and so on: six texts by a human (gt) and six systems. NISQA needs its weights
 (DLPO_NISQA_WEIGHTS). The table of 50_evaluate is drawn from what is written: evaluation.json and evaluation.csv.
 """
+
 import argparse
 import contextlib
 import os
@@ -31,13 +32,19 @@ def arrange(folder, where):
         for text in TEXTS:
             source = Path(folder).resolve() / f"{text}_{system}.flac"
             if not source.is_file():
-                raise UserError(f"there is no {source.name} in {folder}; give the folder of the demo page's recordings")
+                raise UserError(
+                    f"there is no {source.name} in {folder}; give the folder of the demo page's recordings"
+                )
             os.symlink(source, where / system / f"{text}.flac")
-        (where / system / "texts.txt").write_text("".join(f"{name}|{said}\n" for name, said in TEXTS.items()), encoding="utf-8")
+        (where / system / "texts.txt").write_text(
+            "".join(f"{name}|{said}\n" for name, said in TEXTS.items()), encoding="utf-8"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/dlpo_demo"))
     parser.add_argument("--metrics", default="dnsmos,nisqa,wer")

@@ -7,6 +7,7 @@ that is the measure of the paper's search, and neither p808, the reward, nor NIS
 Few texts for long schedules: 16 up to 50 steps, 8 for 100, 4 for 1000 (which all spacings but the geometric share).
 Writes results/few_steps/search.json and study.json, what is there already is not done again, and docs/audio/few_steps/*.mp3.
 """
+
 import argparse
 import json
 import shlex
@@ -31,8 +32,12 @@ from dlpo_nb.wavegrad2.model import load_wavegrad2
 ROOT = Path(__file__).resolve().parents[1]
 FULL = NoiseSchedule.linear()
 SEARCHED = (6, 10)
-STUDY = ("searched 6", "geometric 6", "trailing 6", "even 6", "hand-picked 8", "searched 10", "geometric 10", "trailing 10", "even 10",
-         *(f"{spacing} {steps}" for steps in (25, 50, 100) for spacing in ("geometric", "trailing", "even")), "trailing 1000")
+STUDY = (
+    "searched 6", "geometric 6", "trailing 6", "even 6", "hand-picked 8", "searched 10", "geometric 10",
+    "trailing 10", "even 10",
+    *(f"{spacing} {steps}" for steps in (25, 50, 100) for spacing in ("geometric", "trailing", "even")),
+    "trailing 1000",
+)  # fmt: skip
 SEARCH_TEXTS = slice(60, 64)  # the last that the speaker has read; the study takes the first
 HEARD = 0  # the text whose audio is kept
 
@@ -44,7 +49,9 @@ def texts_for(steps, most):
 
 def from_ratios(ratios):
     "The schedule that visits the rising noise-to-signal ratios (1 - alpha_bar) / alpha_bar (n,)."
-    return NoiseSchedule.from_alphas_cumprod(1 / (1 + torch.as_tensor(ratios, dtype=torch.float64)), FULL.alphas_cumprod_prev[0])
+    return NoiseSchedule.from_alphas_cumprod(
+        1 / (1 + torch.as_tensor(ratios, dtype=torch.float64)), FULL.alphas_cumprod_prev[0]
+    )
 
 
 def search(score, start, factors=(3.0, 1.7), gap=1.05):
@@ -86,7 +93,9 @@ def read(path, seed):
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seed": seed, "calls": []}
     if content["seed"] != seed:
         raise UserError(f"{path} was made with seed {content['seed']}, not {seed}; give another --out")
-    content["calls"].append({"how": shlex.join(["python", "tools/few_steps.py", *sys.argv[1:]]), **environment()})
+    content["calls"].append(
+        {"how": shlex.join(["python", "tools/few_steps.py", *sys.argv[1:]]), **environment()}
+    )
     return content
 
 
@@ -118,29 +127,51 @@ def search_schedule(model, steps, seed, judges):
     start = (1 / FULL.respaced(steps, "geometric").alphas_cumprod - 1).tolist()
     with tqdm(desc=f"searching {steps} steps", unit="schedule") as bar:
         best, _, tried = search(score, start)
-    return {"texts": texts, "ratios": best, "betas": from_ratios(best).betas.tolist(), "tried": tried,
-            "start": rounded(means(start, judges)), "found": rounded(means(best, judges))}
+    return {
+        "texts": texts,
+        "ratios": best,
+        "betas": from_ratios(best).betas.tolist(),
+        "tried": tried,
+        "start": rounded(means(start, judges)),
+        "found": rounded(means(best, judges)),
+    }
 
 
 def speak(model, schedule, texts, seed, judges, bar):
     "One schedule of the study: its levels, seconds of CPU a second of audio, and the scores of each text; and the audio."
     start = time.process_time()
-    audio = synthesise_all(model, texts, schedule, seed, on_audio=lambda i, sound: bar.update(schedule.num_steps))
+    audio = synthesise_all(
+        model, texts, schedule, seed, on_audio=lambda i, sound: bar.update(schedule.num_steps)
+    )
     seconds = (time.process_time() - start) / (sum(map(len, audio)) / SAMPLE_RATE)
     scores = [rounded(row) for row in measure(audio, texts, judges, speaker_log_mels(texts))]
-    return {"steps": schedule.num_steps, "cpu_seconds_per_second": round(seconds, 3), "levels": schedule.levels.tolist(), "scores": scores}, audio
+    return {
+        "steps": schedule.num_steps,
+        "cpu_seconds_per_second": round(seconds, 3),
+        "levels": schedule.levels.tolist(),
+        "scores": scores,
+    }, audio
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", type=int, default=16, help="at most so many of the first held-out texts")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, for search and study")
     parser.add_argument("--schedules", nargs="+", default=STUDY, metavar="'SPACING STEPS'")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "few_steps")
-    parser.add_argument("--audio", type=Path, default=ROOT / "docs" / "audio" / "few_steps", help="folder of the mp3 of one text")
+    parser.add_argument(
+        "--audio",
+        type=Path,
+        default=ROOT / "docs" / "audio" / "few_steps",
+        help="folder of the mp3 of one text",
+    )
     args = parser.parse_args()
     if not 1 <= args.texts <= SEARCH_TEXTS.start:
-        raise UserError(f"--texts {args.texts} must be 1 to {SEARCH_TEXTS.start}: the texts after those are for the search")
+        raise UserError(
+            f"--texts {args.texts} must be 1 to {SEARCH_TEXTS.start}: the texts after those are for the search"
+        )
     model, judges = load_wavegrad2(asset("tiny_base.safetensors")), {"p808": get_reward("dnsmos")}
     if weights := find_nisqa_weights():
         judges["nisqa"] = NISQA(weights)
@@ -149,14 +180,18 @@ def main():
         if f"searched {steps}" in args.schedules and str(steps) not in found:
             found[str(steps)] = search_schedule(model, steps, args.seed, judges)
             write(args.out / "search.json", found)
-    synthesise_all(model, prompts("heldout")[:1], FULL.respaced(2), args.seed)  # the first call is slow, and is not timed
+    synthesise_all(
+        model, prompts("heldout")[:1], FULL.respaced(2), args.seed
+    )  # the first call is slow, and is not timed
     rows = study.setdefault("schedules", {})
     todo = {name: named_schedule(name, found) for name in args.schedules if name not in rows}
     count = {name: texts_for(s.num_steps, args.texts) for name, s in todo.items()}
     with tqdm(total=sum(count[name] * s.num_steps for name, s in todo.items()), unit="step") as bar:
         for name, schedule in todo.items():
             bar.set_description(name)
-            rows[name], audio = speak(model, schedule, prompts("heldout")[: count[name]], args.seed, judges, bar)
+            rows[name], audio = speak(
+                model, schedule, prompts("heldout")[: count[name]], args.seed, judges, bar
+            )
             write(args.out / "study.json", study)
             args.audio.mkdir(parents=True, exist_ok=True)
             (args.audio / f"{name.replace(' ', '_')}.mp3").write_bytes(mp3_bytes(audio[HEARD]))

@@ -4,6 +4,7 @@ CORPUS is made from them by `python -m dlpo_nb.data --texts dlpo_nb/assets/promp
 Writes their log-mel spectrograms, 8 bits a value, to dlpo_nb/assets/heldout_speaker.npz, so that an evaluation can
 measure the distance to the speaker anywhere; prints the speaker's own DNSMOS (and NISQA, where its weights are found).
 """
+
 import sys
 from pathlib import Path
 
@@ -27,14 +28,22 @@ def main():
     mels = [log_mel(x)[0].numpy() for x in audio]
     packed = [np.clip(np.round((mel - LOW) / STEP), 0, 255).astype(np.uint8) for mel in mels]
     path = Path(__file__).resolve().parents[1] / "dlpo_nb" / "assets" / "heldout_speaker.npz"
-    np.savez_compressed(path, texts=np.array(texts), frames=np.array([mel.shape[1] for mel in mels]), mels=np.concatenate(packed, 1),
-                        low=LOW, step=STEP)
+    np.savez_compressed(
+        path,
+        texts=np.array(texts),
+        frames=np.array([mel.shape[1] for mel in mels]),
+        mels=np.concatenate(packed, 1),
+        low=LOW,
+        step=STEP,
+    )
     judges = {"dnsmos": get_reward("dnsmos")}
     if weights := find_nisqa_weights():
         judges["nisqa"] = NISQA(weights)
     rows = measure(audio, texts, judges)
     print({name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0] if name != "text"})
-    print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB, lowest log10 mel {min(m.min() for m in mels):.2f}, highest {max(m.max() for m in mels):.2f}")
+    print(
+        f"{path.name}: {path.stat().st_size / 1000:.0f} kB, lowest log10 mel {min(m.min() for m in mels):.2f}, highest {max(m.max() for m in mels):.2f}"
+    )
 
 
 if __name__ == "__main__":

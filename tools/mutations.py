@@ -3,6 +3,7 @@
 Each mutation changes one line of a copy of the package and runs the tests of the objectives, the loop and the schedule
 on it. Exits with 1 where a mutation survives. WORDs choose mutations by their description.
 """
+
 import os
 import shutil
 import subprocess
@@ -12,30 +13,115 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_objectives.py", "test_diffusion.py", "test_finetune.py")
-MUTATIONS = [ # what is broken, file, line part, what it becomes
-    ("sign of the penalty: DLPO, direct part", "objectives/dlpo.py", "self.beta * replay.denoising.mean()", "-self.beta * replay.denoising.mean()"),
-    ("sign of the penalty inside the reward", "objectives/base.py", "-beta * replay.in_reward_penalty", "beta * replay.in_reward_penalty"),
-    ("sign of the penalty: DPOK", "objectives/dpok.py", "self.beta * replay.kl.mean()", "-self.beta * replay.kl.mean()"),
-    ("sign of the reward", "objectives/base.py", "Loss(-(pull * factor).mean()", "Loss((pull * factor).mean()"),
-    ("exp in the ratio", "objectives/base.py", "(log_prob - old_log_prob.detach()).exp()", "1 + (log_prob - old_log_prob.detach())"),
-    ("ratio without exp or one", "objectives/base.py", "(log_prob - old_log_prob.detach()).exp()", "(log_prob - old_log_prob.detach())"),
+MUTATIONS = [  # what is broken, file, line part, what it becomes
+    (
+        "sign of the penalty: DLPO, direct part",
+        "objectives/dlpo.py",
+        "self.beta * replay.denoising.mean()",
+        "-self.beta * replay.denoising.mean()",
+    ),
+    (
+        "sign of the penalty inside the reward",
+        "objectives/base.py",
+        "-beta * replay.in_reward_penalty",
+        "beta * replay.in_reward_penalty",
+    ),
+    (
+        "sign of the penalty: DPOK",
+        "objectives/dpok.py",
+        "self.beta * replay.kl.mean()",
+        "-self.beta * replay.kl.mean()",
+    ),
+    (
+        "sign of the reward",
+        "objectives/base.py",
+        "Loss(-(pull * factor).mean()",
+        "Loss((pull * factor).mean()",
+    ),
+    (
+        "exp in the ratio",
+        "objectives/base.py",
+        "(log_prob - old_log_prob.detach()).exp()",
+        "1 + (log_prob - old_log_prob.detach())",
+    ),
+    (
+        "ratio without exp or one",
+        "objectives/base.py",
+        "(log_prob - old_log_prob.detach()).exp()",
+        "(log_prob - old_log_prob.detach())",
+    ),
     ("detach of the action", "diffusion.py", "x_prev.detach().double()", "x_prev.double()"),
-    ("max in PPO", "objectives/base.py", "torch.maximum(-weight * ratio, -weight * edge) > -weight * ratio", "torch.minimum(-weight * ratio, -weight * edge) < -weight * ratio"),
-    ("mask in the mean: numerator", "diffusion.py", "torch.where(mask, values, 0).flatten(1).sum(1)", "values.flatten(1).sum(1)"),
-    ("mask in the mean: length", "diffusion.py", "total / mask.flatten(1).sum(1).clamp(min=1)", "total / mask.flatten(1).shape[1]"),
+    (
+        "max in PPO",
+        "objectives/base.py",
+        "torch.maximum(-weight * ratio, -weight * edge) > -weight * ratio",
+        "torch.minimum(-weight * ratio, -weight * edge) < -weight * ratio",
+    ),
+    (
+        "mask in the mean: numerator",
+        "diffusion.py",
+        "torch.where(mask, values, 0).flatten(1).sum(1)",
+        "values.flatten(1).sum(1)",
+    ),
+    (
+        "mask in the mean: length",
+        "diffusion.py",
+        "total / mask.flatten(1).sum(1).clamp(min=1)",
+        "total / mask.flatten(1).shape[1]",
+    ),
     ("kappa_t in the KL", "objectives/base.py", 'if form == "exact":', 'if form == "never":'),
     ("sigma in the KL", "diffusion.py", "((mu - mu_ref) / sigma).square() / 2", "(mu - mu_ref).square() / 2"),
     ("reference frozen", "finetune.py", "copy.deepcopy(model).requires_grad_(False)", "model"),
-    ("penalty of the wrong group", "finetune.py", "None if penalty is None else penalty[t.rows]", "None if penalty is None else penalty.flip(0)[t.rows]"),
-    ("advantage of the wrong rows", "finetune.py", "Replay(advantages[t.rows], log_prob", "Replay(advantages.flip(0)[t.rows], log_prob"),
-    ("weight of a micro-batch", "finetune.py", "c.rollout_steps) * len(t.x_0) / c.batch_size", "c.rollout_steps) / c.batch_size"),
+    (
+        "penalty of the wrong group",
+        "finetune.py",
+        "None if penalty is None else penalty[t.rows]",
+        "None if penalty is None else penalty.flip(0)[t.rows]",
+    ),
+    (
+        "advantage of the wrong rows",
+        "finetune.py",
+        "Replay(advantages[t.rows], log_prob",
+        "Replay(advantages.flip(0)[t.rows], log_prob",
+    ),
+    (
+        "weight of a micro-batch",
+        "finetune.py",
+        "c.rollout_steps) * len(t.x_0) / c.batch_size",
+        "c.rollout_steps) / c.batch_size",
+    ),
     ("log-ratio as a mean", "reference.py", 't.x_0_lengths if t.reduction == "mean" else 1', "1"),
-    ("fresh action", "mdp.py", "t.x_prev[s], conditioning", "t.x_prev[s] + 0.1 * torch.randn_like(t.x_prev[s]), conditioning"),
+    (
+        "fresh action",
+        "mdp.py",
+        "t.x_prev[s], conditioning",
+        "t.x_prev[s] + 0.1 * torch.randn_like(t.x_prev[s]), conditioning",
+    ),
     ("weight of a random subset", "mdp.py", "(num_steps - 1) / int(count)", "1 / int(count)"),
-    ("own sample in leave-one-out", "objectives/base.py", "centre(r, group_size) * n / (n - 1)", "centre(r, group_size)"),
-    ("reward in released", "objectives/released.py", "return rewards.new_zeros(len(rewards))", "return rewards"),
-    ("RWR ignores its weights", "objectives/rwr.py", "policy=(replay.advantage * replay.denoising).mean()", "policy=replay.denoising.mean()"),
-    ("the reference's log-probability is the policy's", "reference.py", "return replay(tuner.reference, tuner", "return replay(tuner.model, tuner"),
+    (
+        "own sample in leave-one-out",
+        "objectives/base.py",
+        "centre(r, group_size) * n / (n - 1)",
+        "centre(r, group_size)",
+    ),
+    (
+        "reward in released",
+        "objectives/released.py",
+        "return rewards.new_zeros(len(rewards))",
+        "return rewards",
+    ),
+    (
+        "RWR ignores its weights",
+        "objectives/rwr.py",
+        "policy=(replay.advantage * replay.denoising).mean()",
+        "policy=replay.denoising.mean()",
+    ),
+    (
+        "the reference's log-probability is the policy's",
+        "reference.py",
+        "return replay(tuner.reference, tuner",
+        "return replay(tuner.model, tuner",
+    ),
     ("groups that are not texts", "finetune.py", "// c.group_size\n", "% c.group_size\n"),
 ]
 
@@ -52,8 +138,24 @@ def survives(what, file, old, new):
             sys.exit(f"{what}: '{old}' is not in dlpo_nb/{file} any more; bring the mutation up to date")
         path.write_text(source.replace(old, new), encoding="utf-8")
         tests = [str(copy / "tests" / name) for name in TESTS]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--rootdir", folder, *tests],
-                              cwd=folder, env=os.environ | {"PYTHONPATH": folder}, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--rootdir",
+                folder,
+                *tests,
+            ],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+        )
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return done.returncode == 0, (failures or [done.stdout[-200:]])[0]
 
@@ -64,7 +166,11 @@ def main():
     for mutation in chosen:
         alive, failure = survives(*mutation)
         left += alive
-        print(f"{'SURVIVES' if alive else 'noticed ':8s}  {mutation[0]}" + ("" if alive else f"   by {failure.split('::')[-1][:80]}"), flush=True)
+        print(
+            f"{'SURVIVES' if alive else 'noticed ':8s}  {mutation[0]}"
+            + ("" if alive else f"   by {failure.split('::')[-1][:80]}"),
+            flush=True,
+        )
     print(f"{len(chosen) - left} of {len(chosen)} mutations noticed")
     sys.exit(bool(left))
 

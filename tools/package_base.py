@@ -2,6 +2,7 @@
 
 Matrices are stored as float16, which halves the file. Commands then know the base by its name: `--base-checkpoint small_base`.
 """
+
 import sys
 
 from dlpo_nb.core import PACKAGE, UserError, run_main
@@ -13,7 +14,9 @@ def main():
         raise UserError("say python tools/package_base.py FILE NAME, with a NAME that ends in _base")
     model, path = load_wavegrad2(sys.argv[1]), PACKAGE / "assets" / f"{sys.argv[2]}.safetensors"
     model.save(path, model.metadata, half=True)
-    print(f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {path.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {path.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ FOLDER holds metadata.csv of LJSpeech and train.txt, val.txt of maum-ai/wavegrad
 edits over released phones, and what they come from, word by word. The released phones were chosen by a forced aligner that heard the
 reader, and an `spn` stands for each word that its word list lacked.
 """
+
 import json
 import sys
 from collections import Counter, defaultdict
@@ -16,8 +17,10 @@ from dlpo_nb.tokens import dictionary
 from dlpo_nb.text import pronunciations, text_to_words
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "frontend" / "phone_error_rate.json"
-LITTLE = set("a an and as at been can could do for from had has have he her him his i if in into is it its me must my nor not of on or our shall she "
-             "should so some such than that the them then there they this those to up us was we were when which who will with would you your".split())
+LITTLE = set(
+    "a an and as at been can could do for from had has have he her him his i if in into is it its me must my nor not of on or our shall she "
+    "should so some such than that the them then there they this those to up us was we were when which who will with would you your".split()
+)
 
 
 def bare(phones):
@@ -69,7 +72,10 @@ def beside(ours, theirs):
     output = jiwer.process_words(" ".join(theirs), " ".join(ours))
     places, last = [[] for _ in ours], 0
     for chunk in output.alignments[0]:
-        mine, other = range(chunk.hyp_start_idx, chunk.hyp_end_idx), range(chunk.ref_start_idx, chunk.ref_end_idx)
+        mine, other = (
+            range(chunk.hyp_start_idx, chunk.hyp_end_idx),
+            range(chunk.ref_start_idx, chunk.ref_end_idx),
+        )
         for i, j in zip(mine, other):
             places[i].append(j)
         if not mine:
@@ -120,12 +126,19 @@ def main():
                 causes[why] += edits
                 words[why][f"{word}: {ours} / {theirs}"] += edits
     result = dict(
-        texts="metadata.csv, third field", utterances=total["utterances"], phones=total["phones"], words=total["words"],
-        phone_error_rate=total["edits"] / total["phones"], without_stress=total["edits without stress"] / total["phones"],
+        texts="metadata.csv, third field",
+        utterances=total["utterances"],
+        phones=total["phones"],
+        words=total["words"],
+        phone_error_rate=total["edits"] / total["phones"],
+        without_stress=total["edits without stress"] / total["phones"],
         with_pauses=silence.pop("edits") / (total["phones"] + silence["released"]),
         share_of_phones={why: count / total["phones"] for why, count in causes.most_common()},
         most_frequent={why: dict(words[why].most_common(12)) for why, _ in causes.most_common()},
-        pauses=dict(silence), unnormalised_texts=total["unnormalised"], read_otherwise=total["read otherwise"])
+        pauses=dict(silence),
+        unnormalised_texts=total["unnormalised"],
+        read_otherwise=total["read otherwise"],
+    )
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k != "most_frequent"}, indent=1))

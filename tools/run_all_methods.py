@@ -4,6 +4,7 @@ One tiny run of each method from the packaged base: same seed, same texts, same 
 Keeps what the notebook draws in results/all_methods/METHOD/, and two of the held-out sentences of each in docs/audio/methods/.
 Methods that are there already are not run again.
 """
+
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from run_tiny_experiment import ROOT, run
 from dlpo_nb.audio import mp3_bytes, read_audio
 from dlpo_nb.objectives import OBJECTIVES
 
-HEARD = (0, 3) # held-out texts whose audio is kept
+HEARD = (0, 3)  # held-out texts whose audio is kept
 
 
 def keep_audio(method, out):
@@ -22,18 +23,25 @@ def keep_audio(method, out):
     folder.mkdir(parents=True, exist_ok=True)
     for name, system in ((method, "tuned"), ("base", "base")):
         for i in HEARD:
-            (folder / f"{name}_{i}.mp3").write_bytes(mp3_bytes(read_audio(out / "samples" / f"{system}_{i:03d}.wav")))
+            (folder / f"{name}_{i}.mp3").write_bytes(
+                mp3_bytes(read_audio(out / "samples" / f"{system}_{i:03d}.wav"))
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", default=OBJECTIVES.names())
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     parser.add_argument("flags", nargs="*", help="further flags of dlpo_nb.launch, after --")
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {method: pool.submit(run, "all_methods", method, ["--method", method, *args.flags], args.threads) for method in args.methods}
+        jobs = {
+            method: pool.submit(run, "all_methods", method, ["--method", method, *args.flags], args.threads)
+            for method in args.methods
+        }
         for method, job in jobs.items():
             if (out := Path(job.result())).exists():
                 keep_audio(method, out)

@@ -3,6 +3,7 @@
 Cells marked `#| eval: false`, `#| slow` or `#| gpu` are skipped and keep the outputs they have.
 Widget state is not stored; `nbdev_clean` runs at the end, so that a second run changes nothing.
 """
+
 import os
 import re
 import subprocess
@@ -28,8 +29,14 @@ class Client(NotebookClient):
 def run(path):
     nb = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    Client(nb, timeout=600, kernel_name="python3", resources=resources, store_widget_state=False,
-           coalesce_streams=True).execute()
+    Client(
+        nb,
+        timeout=600,
+        kernel_name="python3",
+        resources=resources,
+        store_widget_state=False,
+        coalesce_streams=True,
+    ).execute()
     nbformat.write(nb, path)
 
 

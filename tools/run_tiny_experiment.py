@@ -4,6 +4,7 @@ Runs the main job and its shuffled-advantage control with each seed, and keeps w
 (settings, environment, metrics, scores of each utterance; no audio, no checkpoints) in results/tiny_dlpo/.
 Runs that are there already are not run again.
 """
+
 import argparse
 import shutil
 import subprocess
@@ -22,7 +23,17 @@ def run(experiment, name, flags, threads):
     if (kept / "summary.json").exists():
         return out
     resume = ["--resume"] if (out / "checkpoints" / "state.pt").exists() else []
-    command = [sys.executable, "-m", "dlpo_nb.launch", "--out", str(out.relative_to(ROOT)), "--threads", str(threads), *flags, *resume]
+    command = [
+        sys.executable,
+        "-m",
+        "dlpo_nb.launch",
+        "--out",
+        str(out.relative_to(ROOT)),
+        "--threads",
+        str(threads),
+        *flags,
+        *resume,
+    ]
     with open(out.parent / f"{name}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
     kept.mkdir(parents=True, exist_ok=True)
@@ -33,7 +44,9 @@ def run(experiment, name, flags, threads):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
@@ -42,7 +55,9 @@ def main():
     jobs = []
     for seed in args.seeds:
         jobs.append((f"dlpo-seed{seed}", ["--seed", str(seed), *args.flags]))
-        jobs.append((f"control-seed{seed}", ["--seed", str(seed), "--control", "shuffle-advantages", *args.flags]))
+        jobs.append(
+            (f"control-seed{seed}", ["--seed", str(seed), "--control", "shuffle-advantages", *args.flags])
+        )
     with ThreadPoolExecutor(args.jobs) as pool:
         for future in [pool.submit(run, "tiny_dlpo", name, flags, args.threads) for name, flags in jobs]:
             future.result()

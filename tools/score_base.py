@@ -3,6 +3,7 @@
 The 64 standard held-out texts, one noise seed, DNSMOS p808 and (where its weights are found) NISQA, level, noise floor
 and the distance to the speaker; first the schedule of the gate (25 steps), then the others.
 """
+
 import argparse
 import json
 import time
@@ -22,7 +23,9 @@ SCHEDULES = ("geometric 25", "geometric 10", "geometric 50", "trailing 25", "tra
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", nargs="?", default="tiny_base", help="a file or a packaged base")
     parser.add_argument("--out", type=Path, default=Path("results/tiny_base/scores.json"))
     parser.add_argument("--texts", type=int, default=64)
@@ -41,8 +44,14 @@ def main():
         audio = synthesise_all(model, texts, NoiseSchedule.linear().respaced(int(steps), spacing), args.seed)
         seconds = time.perf_counter() - start
         scores = measure(audio, texts, judges, speaker)
-        rows.append({"schedule": name, "texts": len(texts), "seed": args.seed,
-                     **{k: round(float(np.mean([r[k] for r in scores])), 4) for k in scores[0] if k != "text"}})
+        rows.append(
+            {
+                "schedule": name,
+                "texts": len(texts),
+                "seed": args.seed,
+                **{k: round(float(np.mean([r[k] for r in scores])), 4) for k in scores[0] if k != "text"},
+            }
+        )
         print(rows[-1], f"{seconds:.0f} s", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(rows, indent=1) + "\n")

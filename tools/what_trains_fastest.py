@@ -4,6 +4,7 @@ CORPUS is made by `python -m dlpo_nb.data`. Each setting trains the same network
 (one thread, so that other work on the machine does not count) and is judged by the validation: the denoising loss of the averaged model
 at five noise levels, on the same windows under the same noise. Writes results/what_trains_fastest.json after each.
 """
+
 import argparse
 import json
 import tempfile
@@ -34,29 +35,58 @@ def train(corpus, minutes, flags, network):
     # the clock of the run is the processor's
     changes = [mock.patch.object(pretrain, "time", SimpleNamespace(monotonic=time.process_time))]
     if network == "loud":
-        changes.append(mock.patch.object(pretrain, "new_model", lambda arch, quiet=True, new=pretrain.new_model: new(arch, quiet=False)))
+        changes.append(
+            mock.patch.object(
+                pretrain, "new_model", lambda arch, quiet=True, new=pretrain.new_model: new(arch, quiet=False)
+            )
+        )
     if network == "plain":
         changes.append(mock.patch.dict(pretrain.NARROW, preconditioned=False))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)
-        config = pretrain.PretrainConfig(Path(corpus), Path(folder) / "run", minutes=minutes, warmup_steps=50, sample_every=0, log_every=10**6, threads=1, **flags)
+        config = pretrain.PretrainConfig(
+            Path(corpus),
+            Path(folder) / "run",
+            minutes=minutes,
+            warmup_steps=50,
+            sample_every=0,
+            log_every=10**6,
+            threads=1,
+            **flags,
+        )
         run = pretrain.pretrain(config, progress=False)
         return run.step, run.validation
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpus")
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "what_trains_fastest.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parents[1] / "results" / "what_trains_fastest.json",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"how": "python tools/what_trains_fastest.py CORPUS", "minutes": args.minutes, "seed": 0, "environment": environment(), "runs": {}}
+    result = {
+        "how": "python tools/what_trains_fastest.py CORPUS",
+        "minutes": args.minutes,
+        "seed": 0,
+        "environment": environment(),
+        "runs": {},
+    }
     for name, (flags, network) in SETTINGS.items():
         steps, validation = train(args.corpus, args.minutes, flags, network)
         result["runs"][name] = {"steps": steps, "validation": validation}
-        print(f"{name:24s}{steps:6d} steps  ", {level: round(loss, 3) for level, loss in validation.items()}, flush=True)
+        print(
+            f"{name:24s}{steps:6d} steps  ",
+            {level: round(loss, 3) for level, loss in validation.items()},
+            flush=True,
+        )
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -21,7 +21,9 @@ class ChannelNorm(nn.Module):
         self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        return F.layer_norm(x.transpose(1, 2), self.gamma.shape, self.gamma, self.beta, self.eps).transpose(1, 2)
+        return F.layer_norm(x.transpose(1, 2), self.gamma.shape, self.gamma, self.beta, self.eps).transpose(
+            1, 2
+        )
 
 
 def same_conv(inputs: int, outputs: int, kernel: int) -> nn.Conv1d:
@@ -40,7 +42,7 @@ class Prenet(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x, mask): # (B, C, L), (B, 1, L)
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L)
         h = x
         for conv, norm in zip(self.conv_layers, self.norm_layers):
             h = self.drop(norm(conv(h * mask)).relu())
@@ -53,23 +55,30 @@ class RelativeAttention(nn.Module):
     def __init__(self, channels: int, heads: int = 2, window: int = 4, dropout: float = 0.1):
         super().__init__()
         self.heads, self.window, size = heads, window, channels // heads
-        self.conv_q, self.conv_k, self.conv_v, self.conv_o = (nn.Conv1d(channels, channels, 1) for _ in range(4))
-        self.emb_rel_k, self.emb_rel_v = (nn.Parameter(torch.randn(1, 2 * window + 1, size) * size**-0.5) for _ in "kv")
+        self.conv_q, self.conv_k, self.conv_v, self.conv_o = (
+            nn.Conv1d(channels, channels, 1) for _ in range(4)
+        )
+        self.emb_rel_k, self.emb_rel_v = (
+            nn.Parameter(torch.randn(1, 2 * window + 1, size) * size**-0.5) for _ in "kv"
+        )
         self.drop = nn.Dropout(dropout)
 
-    def split(self, x): # (B, C, L) -> (B, heads, L, C / heads)
+    def split(self, x):  # (B, C, L) -> (B, heads, L, C / heads)
         return x.unflatten(1, (self.heads, -1)).transpose(2, 3)
 
-    def forward(self, x, mask): # (B, C, L), (B, 1, L)
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L)
         q, k, v = (self.split(conv(x)) for conv in (self.conv_q, self.conv_k, self.conv_v))
-        place, reach = torch.arange(x.shape[2], device=x.device), torch.arange(-self.window, self.window + 1, device=x.device)
-        distance = place - place[:, None] # (L, L): j - i
+        place, reach = (
+            torch.arange(x.shape[2], device=x.device),
+            torch.arange(-self.window, self.window + 1, device=x.device),
+        )
+        distance = place - place[:, None]  # (L, L): j - i
         near = (distance.abs() <= self.window).to(q.dtype)
         row = (distance + self.window).clamp(0, 2 * self.window).expand(*q.shape[:2], -1, -1)
         by_distance = (q @ self.emb_rel_k.transpose(1, 2)).gather(3, row) * near
         score = (q @ k.transpose(2, 3) + by_distance) / q.shape[3] ** 0.5
         weights = self.drop(score.masked_fill((mask[:, :, None] * mask[..., None]) == 0, -1e4).softmax(3))
-        other = place[:, None] + reach # (L, 2 window + 1): the j at each distance of i
+        other = place[:, None] + reach  # (L, 2 window + 1): the j at each distance of i
         inside = ((other >= 0) & (other < len(place))).to(q.dtype)
         nearby = weights.gather(3, other.clamp(0, len(place) - 1).expand(*q.shape[:2], -1, -1)) * inside
         out = weights @ v + nearby @ self.emb_rel_v
@@ -91,16 +100,23 @@ class FeedForward(nn.Module):
 class Transformer(nn.Module):
     "Layers of attention and convolution, normalised after each sum."
 
-    def __init__(self, channels: int, hidden: int, layers: int, kernel: int, heads: int, window: int, dropout: float):
+    def __init__(
+        self, channels: int, hidden: int, layers: int, kernel: int, heads: int, window: int, dropout: float
+    ):
         super().__init__()
-        self.attn_layers = nn.ModuleList(RelativeAttention(channels, heads, window, dropout) for _ in range(layers))
+        self.attn_layers = nn.ModuleList(
+            RelativeAttention(channels, heads, window, dropout) for _ in range(layers)
+        )
         self.ffn_layers = nn.ModuleList(FeedForward(channels, hidden, kernel, dropout) for _ in range(layers))
         self.norm_layers_1, self.norm_layers_2 = (
-            nn.ModuleList(ChannelNorm(channels) for _ in range(layers)) for _ in range(2))
+            nn.ModuleList(ChannelNorm(channels) for _ in range(layers)) for _ in range(2)
+        )
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask): # (B, C, L), (B, 1, L)
-        for attend, norm_1, feed, norm_2 in zip(self.attn_layers, self.norm_layers_1, self.ffn_layers, self.norm_layers_2):
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L)
+        for attend, norm_1, feed, norm_2 in zip(
+            self.attn_layers, self.norm_layers_1, self.ffn_layers, self.norm_layers_2
+        ):
             x = x * mask
             x = norm_1(x + self.drop(attend(x, mask)))
             x = norm_2(x + self.drop(feed(x, mask)))
@@ -116,22 +132,26 @@ class DurationPredictor(nn.Module):
         self.norm_1, self.norm_2 = ChannelNorm(hidden), ChannelNorm(hidden)
         self.proj, self.drop = nn.Conv1d(hidden, 1, 1), nn.Dropout(dropout)
 
-    def forward(self, x, mask): # (B, C, L), (B, 1, L) -> (B, 1, L)
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L) -> (B, 1, L)
         x = self.drop(self.norm_1(self.conv_1(x * mask).relu()))
         x = self.drop(self.norm_2(self.conv_2(x * mask).relu()))
         return self.proj(x * mask) * mask
 
 # %% ../../nbs/11b_gradtts_encoder.ipynb #69c4d368
-def symbol_of_frame(durations: torch.Tensor) -> torch.Tensor: # (B, L) int64 -> (B, T), T that of the longest item
+def symbol_of_frame(
+    durations: torch.Tensor,
+) -> torch.Tensor:  # (B, L) int64 -> (B, T), T that of the longest item
     "Index of the symbol that each frame belongs to; past an item's end, of the last one."
     ends = durations.cumsum(1)
     frame = torch.arange(int(ends[:, -1].max()), device=durations.device)
-    return torch.searchsorted(ends, frame.expand(len(ends), -1).contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+    return torch.searchsorted(ends, frame.expand(len(ends), -1).contiguous(), right=True).clamp(
+        max=ends.shape[1] - 1
+    )
 
 
 def whole_frames(
-    durations: torch.Tensor, # (B, L) float, not rounded
-) -> torch.Tensor: # (B, L) int64; the sum is the whole part of that of `durations`, at least 1
+    durations: torch.Tensor,  # (B, L) float, not rounded
+) -> torch.Tensor:  # (B, L) int64; the sum is the whole part of that of `durations`, at least 1
     "Frames that each symbol owns: those from the end of the symbol before it to its own."
     total = durations.sum(1).clamp(min=1).long()
     ends = durations.cumsum(1).ceil().long().minimum(total[:, None])
@@ -146,13 +166,13 @@ class Encoder(nn.Module):
         n_symbols: int = 149,
         bands: int = 80,
         channels: int = 192,
-        hidden: int = 768, # of the feed-forward layers
+        hidden: int = 768,  # of the feed-forward layers
         duration_hidden: int = 256,
         layers: int = 6,
         heads: int = 2,
         window: int = 4,
         dropout: float = 0.1,
-        speaker: int = 0, # channels of a speaker's vector that the Transformer sees; 0: none
+        speaker: int = 0,  # channels of a speaker's vector that the Transformer sees; 0: none
     ):
         super().__init__()
         self.emb, self.prenet, width = nn.Embedding(n_symbols, channels), Prenet(channels), channels + speaker
@@ -161,7 +181,7 @@ class Encoder(nn.Module):
         self.proj_m = nn.Conv1d(width, bands, 1)
         self.proj_w = DurationPredictor(width, duration_hidden, 3, dropout)
 
-    def forward(self, ids, mask, speaker=None): # (B, L), (B, L) bool, (B, C) or None
+    def forward(self, ids, mask, speaker=None):  # (B, L), (B, L) bool, (B, C) or None
         "mu (B, L, bands) of the symbols and the logarithms (B, L) of their frames, 0 at padding."
         mask = mask[:, None].to(self.emb.weight.dtype)
         x = self.prenet((self.emb(ids) * self.emb.embedding_dim**0.5).transpose(1, 2), mask)
@@ -170,11 +190,11 @@ class Encoder(nn.Module):
         x = self.encoder(x, mask)
         return (self.proj_m(x) * mask).transpose(1, 2), self.proj_w(x.detach(), mask).squeeze(1)
 
-    def round_durations(self, log_durations, mask, pace=1.0): # (B, L), (B, L) -> (B, L) int64
+    def round_durations(self, log_durations, mask, pace=1.0):  # (B, L), (B, L) -> (B, L) int64
         "Each rounded up, then stretched; see `whole_frames`."
         return whole_frames(log_durations.float().exp().ceil() * mask * pace)
 
-    def expand(self, mu, durations): # (B, L, bands), (B, L) int64 -> (B, bands, T)
+    def expand(self, mu, durations):  # (B, L, bands), (B, L) int64 -> (B, bands, T)
         "Each symbol's mu for as long as it lasts, 0 past an item's end."
         frames = mu.gather(1, symbol_of_frame(durations)[..., None].expand(-1, -1, mu.shape[2]))
         inside = torch.arange(frames.shape[1], device=mu.device) < durations.sum(1, keepdim=True)

@@ -25,21 +25,22 @@ from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, get_vocoder, log_mel
 @dataclass(frozen=True)
 class GradTTSConfig:
     "Sizes of a Grad-TTS; the defaults are the released single-speaker model."
-    network: str = "unet" # unet: as released; small: 11e
+
+    network: str = "unet"  # unet: as released; small: 11e
     n_symbols: int = 149
     n_speakers: int = 1
-    speaker_channels: int = 64 # of a model of several speakers
-    speaker_in_encoder: bool = False # whether the encoder's Transformer sees them too
+    speaker_channels: int = 64  # of a model of several speakers
+    speaker_in_encoder: bool = False  # whether the encoder's Transformer sees them too
     encoder_channels: int = 192
-    encoder_hidden: int = 768 # of the feed-forward layers (unet)
-    duration_hidden: int = 256 # of the duration predictor (unet)
-    encoder_layers: int = 6 # (unet)
+    encoder_hidden: int = 768  # of the feed-forward layers (unet)
+    duration_hidden: int = 256  # of the duration predictor (unet)
+    encoder_layers: int = 6  # (unet)
     decoder_channels: int = 64
-    decoder_blocks: int = 6 # (small)
-    time_scale: float = 1000.0 # factor on t in the U-Net's features; 1 for the older released file
-    mel_mean: float = 0.0 # of the log-mels, all bands together
+    decoder_blocks: int = 6  # (small)
+    time_scale: float = 1000.0  # factor on t in the U-Net's features; 1 for the older released file
+    mel_mean: float = 0.0  # of the log-mels, all bands together
     mel_std: float = 1.0
-    residual_std: float = 1.0 # what x - mu is divided by
+    residual_std: float = 1.0  # what x - mu is divided by
 
     def __post_init__(self):
         if self.network not in ("unet", "small"):
@@ -49,7 +50,8 @@ class GradTTSConfig:
             raise UserError(f"sizes and standard deviations of a Grad-TTS are above 0; got {self}")
 
     @classmethod
-    def released(cls): return cls()
+    def released(cls):
+        return cls()
 
     @classmethod
     def small(cls, mel_mean=-6.5, mel_std=2.3, **sizes):
@@ -57,39 +59,61 @@ class GradTTSConfig:
         return cls("small", mel_mean=mel_mean, mel_std=mel_std, **(defaults | sizes))
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #fccec603
-def make_networks(c: GradTTSConfig) -> tuple: # (encoder, decoder, MelConfig, mel frames per frame of state)
+def make_networks(c: GradTTSConfig) -> tuple:  # (encoder, decoder, MelConfig, mel frames per frame of state)
     "The networks of a configuration, with fresh weights."
     speaker = c.speaker_channels if c.n_speakers > 1 else 0
     if c.network == "unet":
-        encoder = Encoder(c.n_symbols, HIFIGAN_MEL.bands, c.encoder_channels, c.encoder_hidden, c.duration_hidden,
-                          c.encoder_layers, speaker=speaker * c.speaker_in_encoder)
-        return encoder, unet.Decoder(c.decoder_channels, HIFIGAN_MEL.bands, speaker, c.time_scale), HIFIGAN_MEL, 1
+        encoder = Encoder(
+            c.n_symbols,
+            HIFIGAN_MEL.bands,
+            c.encoder_channels,
+            c.encoder_hidden,
+            c.duration_hidden,
+            c.encoder_layers,
+            speaker=speaker * c.speaker_in_encoder,
+        )
+        return (
+            encoder,
+            unet.Decoder(c.decoder_channels, HIFIGAN_MEL.bands, speaker, c.time_scale),
+            HIFIGAN_MEL,
+            1,
+        )
     if speaker:
         raise UserError("the small Grad-TTS knows one speaker; set n_speakers to 1 or network to unet")
     width = 2 * SMALL_MEL.bands
     encoder = small.Encoder(c.n_symbols, c.encoder_channels, width)
-    return encoder, small.Decoder(c.encoder_channels, width, c.decoder_channels, c.decoder_blocks), SMALL_MEL, 2
+    return (
+        encoder,
+        small.Decoder(c.encoder_channels, width, c.decoder_channels, c.decoder_blocks),
+        SMALL_MEL,
+        2,
+    )
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #d5b86900
 class MelPolicy(Policy):
     """A policy whose state is a residual (x - mu) / s of a log-mel spectrogram, mu being the last rows of `hidden`.
 
     Its configuration has `mel_mean`, `mel_std` and `residual_std`."""
+
     mel: MelConfig
-    stack: int # mel frames per frame of state
-    decoder: nn.Module # predict_noise(y (B, T, width), hidden, level, frames) -> (B, T, width)
+    stack: int  # mel frames per frame of state
+    decoder: nn.Module  # predict_noise(y (B, T, width), hidden, level, frames) -> (B, T, width)
 
     def set_mel(self, mel, stack, vocoder="griffinlim"):
         "Say what the state is, and how it is heard."
-        self.mel, self.stack, self.hop = mel, stack, stack * mel.hop # hop: samples per frame of state
-        self.sample_rate, self.width, self.frame_rate = mel.sample_rate, stack * mel.bands, mel.sample_rate / self.hop
-        self.__dict__["vocoder"] = get_vocoder(vocoder, mel) # past nn.Module: not a part of the weights
+        self.mel, self.stack, self.hop = mel, stack, stack * mel.hop  # hop: samples per frame of state
+        self.sample_rate, self.width, self.frame_rate = (
+            mel.sample_rate,
+            stack * mel.bands,
+            mel.sample_rate / self.hop,
+        )
+        self.__dict__["vocoder"] = get_vocoder(vocoder, mel)  # past nn.Module: not a part of the weights
 
-    def expected(self, conditioning): # -> (B, T, width)
+    def expected(self, conditioning):  # -> (B, T, width)
         "mu of each frame, in normalised mel."
         return conditioning.hidden[:, -self.width :].transpose(1, 2).float()
 
-    def to_log_mel(self, x_0, conditioning): # (B, T * width) -> (B, bands, T * stack)
+    def to_log_mel(self, x_0, conditioning):  # (B, T * width) -> (B, bands, T * stack)
         "The log-mel spectrograms that last states stand for."
         c, residual = self.config, x_0.float().unflatten(1, (-1, self.width))
         mels = c.mel_std * (c.residual_std * residual + self.expected(conditioning)) + c.mel_mean
@@ -102,7 +126,9 @@ class MelPolicy(Policy):
     def analyse(self, audio, conditioning):
         c, mu = self.config, self.expected(conditioning)
         x_0 = torch.zeros_like(mu)
-        for size in conditioning.frames.unique().tolist(): # items of equal length together, each without padding
+        for (
+            size
+        ) in conditioning.frames.unique().tolist():  # items of equal length together, each without padding
             rows = (conditioning.frames == size).nonzero().flatten()
             mels = log_mel(audio[rows, : size * self.hop], self.mel).transpose(1, 2)
             normalised = ((mels - c.mel_mean) / c.mel_std).unflatten(1, (-1, self.stack)).flatten(2)
@@ -112,7 +138,9 @@ class MelPolicy(Policy):
     def predict_noise(self, x, hidden, level, frames=None):
         frames = torch.full((len(x),), hidden.shape[2], device=x.device) if frames is None else frames
         # the state keeps its digits where autocast has made the conditioning coarse
-        y = x.to(torch.promote_types(x.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32))
+        y = x.to(
+            torch.promote_types(x.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        )
         eps = self.decoder.predict_noise(y.unflatten(1, (-1, self.width)), hidden, level.to(y.device), frames)
         inside = torch.arange(eps.shape[1], device=y.device) < frames[:, None]
         return (eps * inside[..., None]).flatten(1)
@@ -121,6 +149,7 @@ class MelPolicy(Policy):
 @POLICIES.register("gradtts")
 class GradTTS(MelPolicy):
     "Grad-TTS (Popov et al. 2021): mel spectrograms by diffusion around an encoder's guess."
+
     kind, Config = "gradtts", GradTTSConfig
 
     def __init__(self, config: GradTTSConfig):
@@ -129,7 +158,7 @@ class GradTTS(MelPolicy):
         self.set_mel(mel, stack)
         if config.n_speakers > 1:
             self.spk_emb = nn.Embedding(config.n_speakers, config.speaker_channels)
-        self.dictionary = None # of the released text front end, see `gradtts.text.read_dictionary`
+        self.dictionary = None  # of the released text front end, see `gradtts.text.read_dictionary`
 
     def encode(self, texts):
         if self.config.network == "small":
@@ -145,7 +174,7 @@ class GradTTS(MelPolicy):
         if durations is None:
             durations = self.encoder.round_durations(log_durations.detach(), mask, pace)
         hidden, frames = self.encoder.expand(states, durations), durations.sum(1)
-        if voice is not None: # above mu, in each frame
+        if voice is not None:  # above mu, in each frame
             inside = torch.arange(hidden.shape[2], device=ids.device) < frames[:, None]
             hidden = torch.cat([voice[..., None] * inside[:, None], hidden], 1)
         return Conditioning(hidden, frames, durations, log_durations.exp() * mask / self.frame_rate, mask)
@@ -161,25 +190,34 @@ class GradTTS(MelPolicy):
         return (NoiseSchedule.linear() if self.config.network == "small" else sde_schedule()).bounded(None)
 
     @classmethod
-    def recognises(cls, state): return "encoder.emb.weight" in state and "encoder.proj_m.weight" in state
+    def recognises(cls, state):
+        return "encoder.emb.weight" in state and "encoder.proj_m.weight" in state
 
     @classmethod
     def read_config(cls, path, state, metadata):
         "The configuration in the metadata, or that of a released file, read from its shapes."
-        return super().read_config(path, state, metadata) if cls.kind in metadata else released_config(path, state)
+        return (
+            super().read_config(path, state, metadata)
+            if cls.kind in metadata
+            else released_config(path, state)
+        )
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #2ba3e6ab
-def speaker_vectors(policy, lengths, speakers=None): # (B,), (B,) indices or None: the first -> (B, C)
+def speaker_vectors(policy, lengths, speakers=None):  # (B,), (B,) indices or None: the first -> (B, C)
     "Vectors of the speakers, None for a model of one. Raises UserError if it does not have them."
     if policy.config.n_speakers == 1:
         return None
     speakers = torch.zeros_like(lengths) if speakers is None else speakers
     if not 0 <= int(speakers.min()) <= int(speakers.max()) < policy.config.n_speakers:
-        raise UserError(f"speakers {speakers.tolist()} are not all between 0 and {policy.config.n_speakers - 1}, those of this model")
+        raise UserError(
+            f"speakers {speakers.tolist()} are not all between 0 and {policy.config.n_speakers - 1}, those of this model"
+        )
     return policy.spk_emb(speakers)
 
 
-def log_duration_loss(conditioning: Conditioning, durations: torch.Tensor, frame_rate: float) -> torch.Tensor: # (B,)
+def log_duration_loss(
+    conditioning: Conditioning, durations: torch.Tensor, frame_rate: float
+) -> torch.Tensor:  # (B,)
     "Mean squared error of the logarithms of the durations; targets (B, L) in frames."
     mask = conditioning.mask
     predicted = (conditioning.seconds * frame_rate).masked_fill(~mask, 1.0)
@@ -191,23 +229,33 @@ def released_config(path, state) -> GradTTSConfig:
     "The sizes of the tensors of a released file. Raises UserError if they are not those of a Grad-TTS."
     shape = lambda key, axis: state[key].shape[axis]
     try:
-        layers = sum(key.startswith("encoder.encoder.norm_layers_1.") and key.endswith(".gamma") for key in state)
+        layers = sum(
+            key.startswith("encoder.encoder.norm_layers_1.") and key.endswith(".gamma") for key in state
+        )
         speakers = state["spk_emb.weight"].shape if "spk_emb.weight" in state else (1, 64)
         width, channels = shape("encoder.proj_m.weight", 1), shape("encoder.emb.weight", 1)
         return GradTTSConfig(
-            n_symbols=shape("encoder.emb.weight", 0), n_speakers=speakers[0], speaker_channels=speakers[1],
-            speaker_in_encoder=width > channels, encoder_channels=channels, encoder_layers=layers,
+            n_symbols=shape("encoder.emb.weight", 0),
+            n_speakers=speakers[0],
+            speaker_channels=speakers[1],
+            speaker_in_encoder=width > channels,
+            encoder_channels=channels,
+            encoder_layers=layers,
             encoder_hidden=shape("encoder.encoder.ffn_layers.0.conv_1.weight", 0),
-            duration_hidden=shape("encoder.proj_w.conv_1.weight", 0), decoder_channels=shape("decoder.estimator.mlp.0.weight", 1))
+            duration_hidden=shape("encoder.proj_w.conv_1.weight", 0),
+            decoder_channels=shape("decoder.estimator.mlp.0.weight", 1),
+        )
     except (KeyError, IndexError) as error:
-        raise UserError(f"{path} holds no Grad-TTS weights ({error} is missing or has no such axis); give a Grad-TTS checkpoint") from error
+        raise UserError(
+            f"{path} holds no Grad-TTS weights ({error} is missing or has no such axis); give a Grad-TTS checkpoint"
+        ) from error
 
 
 def load_gradtts(
-    path, # grad-tts.pt or a file of `GradTTS.save`
+    path,  # grad-tts.pt or a file of `GradTTS.save`
     device="cpu",
-    time_scale: float | None = None, # 1 for grad-tts-old.pt; None: what the file says, or 1000
-) -> GradTTS: # in evaluation mode, float32
+    time_scale: float | None = None,  # 1 for grad-tts-old.pt; None: what the file says, or 1000
+) -> GradTTS:  # in evaluation mode, float32
     "`load_policy` for a Grad-TTS. Raises UserError if the file is not one."
     policy = load_policy(path, device, kind="gradtts")
     if time_scale is not None and policy.config.network == "unet":

@@ -12,10 +12,10 @@ import torch
 from ..diffusion import NoiseSchedule
 
 # %% ../../nbs/11_gradtts.ipynb #4b2e55f7
-BETA_MIN, BETA_MAX = 0.05, 20.0 # of the released model
+BETA_MIN, BETA_MAX = 0.05, 20.0  # of the released model
 
 
-def beta(t): # number or tensor of times in [0, 1] -> the same
+def beta(t):  # number or tensor of times in [0, 1] -> the same
     "Noise rate."
     return BETA_MIN + (BETA_MAX - BETA_MIN) * t
 
@@ -32,10 +32,12 @@ def alpha_bar(t: torch.Tensor) -> torch.Tensor:
 # %% ../../nbs/11_gradtts.ipynb #1c228572
 def sde_schedule(num_steps: int = 1000) -> NoiseSchedule:
     "The levels at the times 1 / num_steps, ..., 1."
-    return NoiseSchedule.from_alphas_cumprod(alpha_bar(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps))
+    return NoiseSchedule.from_alphas_cumprod(
+        alpha_bar(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)
+    )
 
 
-def time_of_level(level: torch.Tensor) -> torch.Tensor: # sqrt(alpha_bar), any shape -> float64
+def time_of_level(level: torch.Tensor) -> torch.Tensor:  # sqrt(alpha_bar), any shape -> float64
     "The time at which that level is reached."
     slope = BETA_MAX - BETA_MIN
     return (-BETA_MIN + (BETA_MIN**2 - 4 * slope * level.double().log()).sqrt()) / slope
@@ -47,13 +49,13 @@ def noise_of_score(score: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/11_gradtts.ipynb #d3f1ae9c
 def euler_step(
-    x: torch.Tensor, # (B, bands, T)
-    mu: torch.Tensor, # (B, bands, T)
-    score: torch.Tensor, # (B, bands, T), of x at time t
+    x: torch.Tensor,  # (B, bands, T)
+    mu: torch.Tensor,  # (B, bands, T)
+    score: torch.Tensor,  # (B, bands, T), of x at time t
     t: float,
-    h: float, # step size
-    noise: torch.Tensor | None = None, # (B, bands, T); None: the deterministic form
-) -> torch.Tensor: # at time t - h
+    h: float,  # step size
+    noise: torch.Tensor | None = None,  # (B, bands, T); None: the deterministic form
+) -> torch.Tensor:  # at time t - h
     "One step of the released sampler (Popov et al. 2021, eq. 8 and 9)."
     if noise is None:
         return x - 0.5 * (mu - x - score) * beta(t) * h

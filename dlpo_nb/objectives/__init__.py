@@ -7,4 +7,13 @@ __all__ = []
 
 # %% ../../nbs/39_all_objectives.ipynb #11624b84
 from . import ddpo, dlpo, dpok, klinr, onlydl, released, rwr
-from .base import OBJECTIVES, Loss, Objective, PolicyGradient, Replay, TextBuffer, advantages, get_objective
+from dlpo_nb.objectives.base import (
+    OBJECTIVES,
+    Loss,
+    Objective,
+    PolicyGradient,
+    Replay,
+    TextBuffer,
+    advantages,
+    get_objective,
+)

@@ -22,21 +22,31 @@ from ..diffusion import reduce_samples
 @dataclass
 class Replay:
     "One slice of a replayed batch of B utterances; everything is (B,). What a slice does not carry is None."
-    advantage: torch.Tensor # detached: what `Objective.weights_of` made of the rewards
-    log_prob: torch.Tensor | None = None # of the stored actions of one step under the current weights, with gradient
-    old_log_prob: torch.Tensor | None = None # the same when they were taken
-    kl: torch.Tensor | None = None # divergence of policy and reference at the stored states, with gradient
-    in_reward_penalty: torch.Tensor | None = None # subtracted from the reward, detached: D, or the log-ratio to the reference
-    denoising: torch.Tensor | None = None # the denoising loss D of each utterance at one level, with gradient
-    reference_log_prob: torch.Tensor | None = None # of the stored actions of the step under the reference, detached
-    group: torch.Tensor | None = None # int64, which text of the batch each utterance is a rollout of
+
+    advantage: torch.Tensor  # detached: what `Objective.weights_of` made of the rewards
+    log_prob: torch.Tensor | None = (
+        None  # of the stored actions of one step under the current weights, with gradient
+    )
+    old_log_prob: torch.Tensor | None = None  # the same when they were taken
+    kl: torch.Tensor | None = None  # divergence of policy and reference at the stored states, with gradient
+    in_reward_penalty: torch.Tensor | None = (
+        None  # subtracted from the reward, detached: D, or the log-ratio to the reference
+    )
+    denoising: torch.Tensor | None = (
+        None  # the denoising loss D of each utterance at one level, with gradient
+    )
+    reference_log_prob: torch.Tensor | None = (
+        None  # of the stored actions of the step under the reference, detached
+    )
+    group: torch.Tensor | None = None  # int64, which text of the batch each utterance is a rollout of
 
 
 class Loss(NamedTuple):
     "What an objective returns for a slice: two parts, each 0-d or None, to be minimised together."
-    policy: torch.Tensor | None = None # pulls towards the reward
-    penalty: torch.Tensor | None = None # holds the model
-    stats: dict = {} # name -> 0-d, detached
+
+    policy: torch.Tensor | None = None  # pulls towards the reward
+    penalty: torch.Tensor | None = None  # holds the model
+    stats: dict = {}  # name -> 0-d, detached
 
     @property
     def total(self):
@@ -70,7 +80,9 @@ def check_advantage(kind: str, group_size: int, batch_size: int = 2):
     if kind not in ADVANTAGES:
         raise UserError(f"advantage '{kind}' is not known: choose one of {', '.join(ADVANTAGES)}.")
     if kind == "group" and group_size < 2:
-        raise UserError("group advantages need at least 2 rollouts per text: raise --group-size or say --advantage batch.")
+        raise UserError(
+            "group advantages need at least 2 rollouts per text: raise --group-size or say --advantage batch."
+        )
     if kind in ("batch", "leave-one-out") and batch_size < 2:
         raise UserError(f"{kind} advantages need at least 2 rewards to compare: raise --batch-size.")
 
@@ -82,13 +94,13 @@ def centre(values: torch.Tensor, group_size: int = 1) -> torch.Tensor:
 
 
 def advantages(
-    rewards: torch.Tensor, # (B,) of the whole batch, members of a text side by side
-    kind: str = "batch", # one of ADVANTAGES
-    group_size: int = 1, # G, members of a text
-    clip: float = 5.0, # largest absolute advantage of the normalised kinds
-    texts: list | None = None, # (B) the text of each, for "buffer"
-    buffer=None, # the TextBuffer, for "buffer"
-) -> torch.Tensor: # (B,) in the rewards' dtype, float32 for whole numbers
+    rewards: torch.Tensor,  # (B,) of the whole batch, members of a text side by side
+    kind: str = "batch",  # one of ADVANTAGES
+    group_size: int = 1,  # G, members of a text
+    clip: float = 5.0,  # largest absolute advantage of the normalised kinds
+    texts: list | None = None,  # (B) the text of each, for "buffer"
+    buffer=None,  # the TextBuffer, for "buffer"
+) -> torch.Tensor:  # (B,) in the rewards' dtype, float32 for whole numbers
     "What the policy gradient is weighted with."
     check_advantage(kind, group_size, len(rewards))
     if kind == "buffer" and buffer is None:
@@ -96,7 +108,7 @@ def advantages(
     r = rewards.double()
     if kind == "leave-one-out":
         n = group_size if group_size > 1 else len(r)
-        r = centre(r, group_size) * n / (n - 1) # r_i - mean of the others
+        r = centre(r, group_size) * n / (n - 1)  # r_i - mean of the others
     elif kind == "buffer":
         r = buffer.normalise(texts, r).clamp(-clip, clip)
     elif kind != "raw":
@@ -131,15 +143,15 @@ class TextBuffer:
         self.rewards = {text: deque(values, maxlen=self.size) for text, values in state.items()}
 
 # %% ../../nbs/30_objectives.ipynb #8cca59e7
-CLIP_RANGES = {"mean": 1e-4, "sum": 0.2} # epsilon that suits each reduction of the log-probability
+CLIP_RANGES = {"mean": 1e-4, "sum": 0.2}  # epsilon that suits each reduction of the log-probability
 
 
 def clipped_ratio(
-    log_prob: torch.Tensor, # (B,) with gradient
-    old_log_prob: torch.Tensor, # (B,)
-    weight: torch.Tensor, # (B,) what the ratio will be weighted with: an advantage
-    clip_range: float = 1e-4, # epsilon
-): # -> (factor (B,), ratio (B,) detached, stopped (B,) bool)
+    log_prob: torch.Tensor,  # (B,) with gradient
+    old_log_prob: torch.Tensor,  # (B,)
+    weight: torch.Tensor,  # (B,) what the ratio will be weighted with: an advantage
+    clip_range: float = 1e-4,  # epsilon
+):  # -> (factor (B,), ratio (B,) detached, stopped (B,) bool)
     "PPO: -weight * factor is max(-weight * ratio, -weight * clip(ratio)), value and gradient."
     ratio = (log_prob - old_log_prob.detach()).exp()
     edge = ratio.clamp(1 - clip_range, 1 + clip_range).detach()
@@ -151,16 +163,16 @@ KL_FORMS = ("exact", "mse", "l2", "l1")
 
 
 def kl_divergence(
-    schedule, # NoiseSchedule
-    eps: torch.Tensor, # (B, N) of the policy, with gradient
-    eps_ref: torch.Tensor, # (B, N) of the reference, detached here
-    x_t: torch.Tensor, # (B, N)
-    t: int, # step
-    mask: torch.Tensor | None = None, # (B, N), 1 on real samples
-    reduction: str = "mean", # over samples: mean or sum
-    form: str = "exact", # one of KL_FORMS
-    clip: bool = True, # the schedule's own clipping of x_0, for the exact form
-) -> torch.Tensor: # (B,) float64
+    schedule,  # NoiseSchedule
+    eps: torch.Tensor,  # (B, N) of the policy, with gradient
+    eps_ref: torch.Tensor,  # (B, N) of the reference, detached here
+    x_t: torch.Tensor,  # (B, N)
+    t: int,  # step
+    mask: torch.Tensor | None = None,  # (B, N), 1 on real samples
+    reduction: str = "mean",  # over samples: mean or sum
+    form: str = "exact",  # one of KL_FORMS
+    clip: bool = True,  # the schedule's own clipping of x_0, for the exact form
+) -> torch.Tensor:  # (B,) float64
     "Distance of policy and reference at one step. UserError for an unknown form, ValueError at the deterministic step."
     if form not in KL_FORMS:
         raise UserError(f"KL form '{form}' is not known: choose one of {', '.join(KL_FORMS)}.")
@@ -190,11 +202,12 @@ def check_fields(settings, above_zero=(), at_least_one=()):
 
 class Objective:
     "What every method has; a method is a dataclass of its options, with `__call__(replay) -> Loss`."
-    needs = ("policy",) # of policy, kl, log_ratio, reference, denoising
-    denoising_source = "data" # speech on which D is taken: recorded (data), or the policy's own (sample)
-    reward_side = False # whether D is also subtracted from the reward
-    kl_form = "exact" # of the KL, one of KL_FORMS
-    above_zero, at_least_one = (), () # names of options that must be
+
+    needs = ("policy",)  # of policy, kl, log_ratio, reference, denoising
+    denoising_source = "data"  # speech on which D is taken: recorded (data), or the policy's own (sample)
+    reward_side = False  # whether D is also subtracted from the reward
+    kl_form = "exact"  # of the KL, one of KL_FORMS
+    above_zero, at_least_one = (), ()  # names of options that must be
 
     def __post_init__(self):
         check_fields(self, self.above_zero, self.at_least_one)
@@ -215,20 +228,31 @@ class Objective:
 @dataclass
 class PolicyGradient(Objective):
     "What the policy-gradient methods share; by itself it is DDPO."
-    alpha: float = 1.0 # weight of the (normalised) reward
-    estimator: Literal["ratio", "score"] = "ratio" # clipped importance ratio, or log-probability (score), for one update per batch
-    clip_range: float | None = None # epsilon of the clipped ratio; None: 1e-4 for mean log-probs, 0.2 for sums
-    advantage: Literal["group", "batch", "buffer", "leave-one-out", "raw"] = "group" # baseline of the reward: mean of a text's rollouts (group), of the batch, running mean of a text (buffer), of the others, or none (raw)
-    advantage_clip: float = 5.0 # largest absolute advantage (group, batch, buffer)
-    buffer_size: int = 32 # rewards of a text that the running buffer keeps
-    buffer_min_count: int = 16 # rewards of a text from which on they are its baseline; fewer: the batch's
+
+    alpha: float = 1.0  # weight of the (normalised) reward
+    estimator: Literal["ratio", "score"] = (
+        "ratio"  # clipped importance ratio, or log-probability (score), for one update per batch
+    )
+    clip_range: float | None = (
+        None  # epsilon of the clipped ratio; None: 1e-4 for mean log-probs, 0.2 for sums
+    )
+    advantage: Literal["group", "batch", "buffer", "leave-one-out", "raw"] = (
+        "group"  # baseline of the reward: mean of a text's rollouts (group), of the batch, running mean of a text (buffer), of the others, or none (raw)
+    )
+    advantage_clip: float = 5.0  # largest absolute advantage (group, batch, buffer)
+    buffer_size: int = 32  # rewards of a text that the running buffer keeps
+    buffer_min_count: int = 16  # rewards of a text from which on they are its baseline; fewer: the batch's
     above_zero, at_least_one = ("clip_range", "advantage_clip"), ("buffer_size",)
 
     def fit(self, loop):
         if self.estimator == "score" and loop.inner_epochs > 1:
-            raise UserError("--estimator score is right for one update per collection only; say --inner-epochs 1 or --estimator ratio.")
+            raise UserError(
+                "--estimator score is right for one update per collection only; say --inner-epochs 1 or --estimator ratio."
+            )
         if self.buffer_min_count > self.buffer_size:
-            raise UserError(f"--buffer-min-count {self.buffer_min_count} is more than the --buffer-size of {self.buffer_size} ever holds.")
+            raise UserError(
+                f"--buffer-min-count {self.buffer_min_count} is more than the --buffer-size of {self.buffer_size} ever holds."
+            )
         if "policy" in self.needs:
             check_advantage(self.advantage, loop.group_size, loop.batch_size)
         return replace(self, clip_range=self.clip_range or CLIP_RANGES[loop.reduction])
@@ -252,8 +276,11 @@ class PolicyGradient(Objective):
         else:
             weight, epsilon = pull if hold is None else pull + hold, self.clip_range or CLIP_RANGES["mean"]
             factor, ratio, stopped = clipped_ratio(replay.log_prob, replay.old_log_prob, weight, epsilon)
-            stats = {"ratio/mean": ratio.mean(), "ratio/clipfrac": stopped.double().mean(),
-                     "ratio/approx_kl": ratio.log().square().mean() / 2}
+            stats = {
+                "ratio/mean": ratio.mean(),
+                "ratio/clipfrac": stopped.double().mean(),
+                "ratio/approx_kl": ratio.log().square().mean() / 2,
+            }
         return Loss(-(pull * factor).mean(), None if hold is None else -(hold * factor).mean(), stats)
 
     def __call__(self, replay: Replay) -> Loss:

@@ -17,24 +17,38 @@ from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 @dataclass
 class DLPO(PolicyGradient):
     "Diffusion-model-loss-guided policy optimisation: eq. 10 and 11 of the paper with the sign of the penalty put right."
-    beta: float = 0.5 # weight of the denoising loss, in units of the normalised reward
-    denoising_source: Literal["data", "sample"] = "data" # speech on which it is taken: recorded (data), or the policy's own (sample)
-    penalty_parts: Literal["auto", "direct", "reward", "both"] = "auto" # it is a loss (direct), subtracted from the reward (reward), or both; auto: both on samples, direct on data
+
+    beta: float = 0.5  # weight of the denoising loss, in units of the normalised reward
+    denoising_source: Literal["data", "sample"] = (
+        "data"  # speech on which it is taken: recorded (data), or the policy's own (sample)
+    )
+    penalty_parts: Literal["auto", "direct", "reward", "both"] = (
+        "auto"  # it is a loss (direct), subtracted from the reward (reward), or both; auto: both on samples, direct on data
+    )
     needs = ("policy", "denoising")
 
     @property
-    def parts(self): return {"data": "direct", "sample": "both"}[self.denoising_source] if self.penalty_parts == "auto" else self.penalty_parts
+    def parts(self):
+        return (
+            {"data": "direct", "sample": "both"}[self.denoising_source]
+            if self.penalty_parts == "auto"
+            else self.penalty_parts
+        )
 
     @property
-    def direct_side(self): return self.parts in ("direct", "both")
+    def direct_side(self):
+        return self.parts in ("direct", "both")
 
     @property
-    def reward_side(self): return self.parts in ("reward", "both")
+    def reward_side(self):
+        return self.parts in ("reward", "both")
 
     def fit(self, loop):
         if self.denoising_source == "data" and self.reward_side:
-            raise UserError(f"--penalty-parts {self.parts} needs --denoising-source sample: on recorded speech the denoising loss does not "
-                            "depend on the actions, and as a negative reward it would be variance and nothing else.")
+            raise UserError(
+                f"--penalty-parts {self.parts} needs --denoising-source sample: on recorded speech the denoising loss does not "
+                "depend on the actions, and as a negative reward it would be variance and nothing else."
+            )
         return replace(super().fit(loop), penalty_parts=self.parts)
 
     def __call__(self, replay: Replay) -> Loss:

@@ -16,11 +16,17 @@ from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 @dataclass
 class DPOK(PolicyGradient):
     "Diffusion policy optimisation with KL regularisation: eq. 8 of the paper; Fan et al. 2023."
-    beta: float = 0.1 # weight of the KL
-    kl_form: Literal["exact", "mse", "l2", "l1"] = "exact" # the distance: the KL itself, or a simplified form
+
+    beta: float = 0.1  # weight of the KL
+    kl_form: Literal["exact", "mse", "l2", "l1"] = (
+        "exact"  # the distance: the KL itself, or a simplified form
+    )
     needs = ("policy", "kl")
 
     def __call__(self, replay: Replay) -> Loss:
         "Of a policy slice."
         loss = self.policy_loss(replay)
-        return loss._replace(penalty=self.beta * replay.kl.mean(), stats=loss.stats | {"kl/policy_states": replay.kl.detach().mean()})
+        return loss._replace(
+            penalty=self.beta * replay.kl.mean(),
+            stats=loss.stats | {"kl/policy_states": replay.kl.detach().mean()},
+        )

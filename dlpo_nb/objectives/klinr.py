@@ -15,7 +15,8 @@ from .base import OBJECTIVES, Loss, PolicyGradient, Replay
 @dataclass
 class KLinR(PolicyGradient):
     "KL to the base inside the reward: eq. 9 of the paper, with the sampled log-ratio of the trajectory."
-    beta: float = 0.1 # weight of the log-ratio
+
+    beta: float = 0.1  # weight of the log-ratio
     needs = ("policy", "log_ratio")
 
     def __call__(self, replay: Replay) -> Loss:

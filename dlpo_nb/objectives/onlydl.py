@@ -16,7 +16,8 @@ from .dlpo import DLPO
 @dataclass
 class OnlyDL(DLPO):
     "DLPO without the reward: section 5.1 of the paper."
-    alpha: float = field(default=0.0, init=False) # by definition
+
+    alpha: float = field(default=0.0, init=False)  # by definition
 
     def weights_of(self, rewards, normalise):
         "Nothing: the reward does not matter."

@@ -15,6 +15,7 @@ from .base import OBJECTIVES, Loss, Objective, Replay
 @dataclass
 class Released(Objective):
     "What the authors' public code effectively computes for DLPO and OnlyDL: the denoising loss on recorded speech, whatever the reward."
+
     needs = ("denoising",)
 
     def weights_of(self, rewards, normalise):

@@ -22,8 +22,10 @@ def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.
     if kind != "raw":
         raise UserError(f"RWR weights '{kind}' are not known: choose 'softmax' or 'raw'.")
     if (rewards < 0).any():
-        raise UserError(f"a reward is negative ({float(rewards.min()):.3g}), and RWR with raw weights would push away from that sample without bound; "
-                        "say --rwr-weights softmax.")
+        raise UserError(
+            f"a reward is negative ({float(rewards.min()):.3g}), and RWR with raw weights would push away from that sample without bound; "
+            "say --rwr-weights softmax."
+        )
     return rewards
 
 
@@ -31,10 +33,13 @@ def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.
 @dataclass
 class RWR(Objective):
     "Reward-weighted regression on the policy's own samples: eq. 6 of the paper, with D for the log-likelihood."
-    rwr_weights: Literal["softmax", "raw"] = "softmax" # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
-    tau: float = 0.1 # temperature of the softmax weights, in units of the reward
+
+    rwr_weights: Literal["softmax", "raw"] = (
+        "softmax"  # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
+    )
+    tau: float = 0.1  # temperature of the softmax weights, in units of the reward
     needs = ("denoising",)
-    denoising_source = "sample" # it imitates its own well-rated speech
+    denoising_source = "sample"  # it imitates its own well-rated speech
     above_zero = ("tau",)
 
     def weights_of(self, rewards, normalise):

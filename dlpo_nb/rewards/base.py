@@ -28,14 +28,24 @@ def check_batch(audio, lengths, sample_rate, texts):
     """UserError unless audio (B, N) float, lengths (B,) integer in 0..N, sample_rate a positive int, texts a list of B strings."""
     if not (torch.is_tensor(audio) and audio.ndim == 2 and audio.is_floating_point()):
         what = f"{tuple(audio.shape)} {audio.dtype}" if torch.is_tensor(audio) else type(audio).__name__
-        hint = "; average its channels first: audio.mean(1)" if torch.is_tensor(audio) and audio.ndim == 3 else ""
+        hint = (
+            "; average its channels first: audio.mean(1)"
+            if torch.is_tensor(audio) and audio.ndim == 3
+            else ""
+        )
         raise UserError(f"a reward takes audio as a float tensor (B, N) in [-1, 1], but got {what}{hint}")
     size, samples = audio.shape
     if not (torch.is_tensor(lengths) and lengths.shape == (size,)) or lengths.is_floating_point():
-        what = f"{tuple(lengths.shape)} {lengths.dtype}" if torch.is_tensor(lengths) else type(lengths).__name__
-        raise UserError(f"a reward takes lengths as an integer tensor ({size},), one an utterance, but got {what}")
+        what = (
+            f"{tuple(lengths.shape)} {lengths.dtype}" if torch.is_tensor(lengths) else type(lengths).__name__
+        )
+        raise UserError(
+            f"a reward takes lengths as an integer tensor ({size},), one an utterance, but got {what}"
+        )
     if size and not 0 <= int(lengths.min()) <= int(lengths.max()) <= samples:
-        raise UserError(f"lengths must lie in 0..{samples}, the samples of the batch, but got {lengths.tolist()}")
+        raise UserError(
+            f"lengths must lie in 0..{samples}, the samples of the batch, but got {lengths.tolist()}"
+        )
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate <= 0:
         raise UserError(f"sample_rate must be a positive whole number of Hz, but got {sample_rate!r}")
     if isinstance(texts, str) or len(texts) != size or not all(isinstance(text, str) for text in texts):
@@ -81,11 +91,17 @@ def without_autocast(function):
 # %% ../../nbs/20_rewards.ipynb #b2735db8
 def remark_on(reward, faults, texts):
     """Put the faults {index: `sound_faults`} of sound that was scored into `last_faults`; say the first of each kind."""
-    reward.last_faults = [Failure(i, fault, texts[i]) for i, kinds in faults.items() for fault in kinds.values()]
+    reward.last_faults = [
+        Failure(i, fault, texts[i]) for i, kinds in faults.items() for fault in kinds.values()
+    ]
     for i, kinds in faults.items():
         for kind in [kind for kind in kinds if kind not in reward.warned]:
             reward.warned = reward.warned | {kind}
-            warnings.warn(f"{reward.name} scores the utterance {texts[i][:40]!r}, but {kinds[kind]}", SoundWarning, stacklevel=6)
+            warnings.warn(
+                f"{reward.name} scores the utterance {texts[i][:40]!r}, but {kinds[kind]}",
+                SoundWarning,
+                stacklevel=6,
+            )
 
 # %% ../../nbs/20_rewards.ipynb #75bd38be
 class Summand:
@@ -131,11 +147,20 @@ class Reward(Summand):
     and `last_failures` tell of it. Silence, an offset, a click are scored, put into `last_faults`, and warned of once per kind. The scorer computes in its own precision, also where the caller is under autocast.
     """
 
-    name, sample_rate = "reward", None  # as in the registry; Hz of the clips `score_clips` is given, None: the caller's
+    name, sample_rate = (
+        "reward",
+        None,
+    )  # as in the registry; Hz of the clips `score_clips` is given, None: the caller's
     min_seconds, max_seconds = 0.02, LONGEST  # shorter or longer clips cannot be scored
-    worst, lower_is_better = 0.0, False  # score of what cannot be scored: the bad end of the scale; whether that is the high end
+    worst, lower_is_better = (
+        0.0,
+        False,
+    )  # score of what cannot be scored: the bad end of the scale; whether that is the high end
     dimensions = ()  # names of all the scores, where the judge gives several
-    failures, last_failures = 0, ()  # could not be scored: how many since the reward was made; in the last call, list of Failure
+    failures, last_failures = (
+        0,
+        (),
+    )  # could not be scored: how many since the reward was made; in the last call, list of Failure
     last_faults = ()  # of utterances of the last call that were scored and hardly meant: list of Failure, see `sound_faults`
     warned = frozenset()  # kinds of faults that were said once already
 
@@ -164,7 +189,9 @@ class Reward(Summand):
         scores, rate = torch.full((len(clips), width), math.nan), self.sample_rate or sample_rate
         if usable:
             heard = [resample(clips[i].clamp(-1, 1), sample_rate, rate).clamp(-1, 1) for i in usable]
-            scores[usable] = torch.as_tensor(method(heard, rate, [texts[i] for i in usable]), dtype=torch.float32, device="cpu").reshape(-1, width)
+            scores[usable] = torch.as_tensor(
+                method(heard, rate, [texts[i] for i in usable]), dtype=torch.float32, device="cpu"
+            ).reshape(-1, width)
         failed = (~scores.isfinite().all(1)).nonzero()[:, 0].tolist()
         self.last_failures = [Failure(i, reasons[i] or "its score is not finite", texts[i]) for i in failed]
         self.failures += len(failed)
@@ -183,7 +210,9 @@ class Reward(Summand):
 REWARDS = Registry("reward")
 
 # %% ../../nbs/20_rewards.ipynb #f201a555
-TOKEN = re.compile(r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[-+*]))")
+TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>[-+*]))"
+)
 
 
 def tokenise(formula):
@@ -217,8 +246,16 @@ def parse_formula(formula):
         factors, between = product[::2], set(product[1::2])
         names = [factor for factor in factors if isinstance(factor, str)]
         weight = math.prod(factor for factor in factors if isinstance(factor, float))
-        if len(product) % 2 == 0 or between - {"*"} or len(names) != 1 or "*" in names or not math.isfinite(weight):
-            raise UserError(f"reward {formula!r}: every term needs finite numbers and one reward, as in '0.8*dnsmos - 0.2*other'")
+        if (
+            len(product) % 2 == 0
+            or between - {"*"}
+            or len(names) != 1
+            or "*" in names
+            or not math.isfinite(weight)
+        ):
+            raise UserError(
+                f"reward {formula!r}: every term needs finite numbers and one reward, as in '0.8*dnsmos - 0.2*other'"
+            )
         weights[names[0]] = weights.get(names[0], 0.0) + (-weight if sign == "-" else weight)
     return weights
 
@@ -230,7 +267,11 @@ class Moments:
     """Mean and standard deviation of the numbers seen so far."""
 
     def __init__(self, count=0, mean=0.0, squares=0.0):
-        self.count, self.mean, self.squares = count, mean, squares  # squares: sum of the squared distances from the mean
+        self.count, self.mean, self.squares = (
+            count,
+            mean,
+            squares,
+        )  # squares: sum of the squared distances from the mean
 
     def update(self, values):
         """Take in numbers (n,)."""
@@ -265,7 +306,9 @@ class CombinedReward(Reward):
         self.weights, self.rewards, self.components, self.warmup = dict(weights), dict(rewards), {}, warmup
         self.moments = {name: Moments() for name in self.rewards} if normalise == "z" else {}
         self.sums, self.summed, part = dict.fromkeys(self.rewards, 0.0), 0, "z({})" if self.moments else "{}"
-        self.name = " ".join(f"{'-' if w < 0 else '+'} {abs(w):g}*{part.format(name)}" for name, w in self.weights.items()).removeprefix("+ ")
+        self.name = " ".join(
+            f"{'-' if w < 0 else '+'} {abs(w):g}*{part.format(name)}" for name, w in self.weights.items()
+        ).removeprefix("+ ")
 
     @property
     def failures(self):
@@ -280,7 +323,11 @@ class CombinedReward(Reward):
     @property
     def lower_is_better(self):
         """Whether every part says so: more of an error rate, or less of a quality."""
-        return any(self.weights.values()) and all((weight > 0) == self.rewards[name].lower_is_better for name, weight in self.weights.items() if weight)
+        return any(self.weights.values()) and all(
+            (weight > 0) == self.rewards[name].lower_is_better
+            for name, weight in self.weights.items()
+            if weight
+        )
 
     def __call__(self, audio, lengths, sample_rate, texts):
         return self.combine(*self.parts(audio, lengths, sample_rate, texts)).to(audio.device)
@@ -288,7 +335,11 @@ class CombinedReward(Reward):
     def parts(self, audio, lengths, sample_rate, texts):
         """Scores (B, P) of the parts in their order, and which of them failed, (B, P) bool."""
         found = [reward.parts(audio, lengths, sample_rate, texts) for reward in self.rewards.values()]
-        self.last_failures = [f._replace(reason=f"{name}: {f.reason}") for name, reward in self.rewards.items() for f in reward.last_failures]
+        self.last_failures = [
+            f._replace(reason=f"{name}: {f.reason}")
+            for name, reward in self.rewards.items()
+            for f in reward.last_failures
+        ]
         return torch.cat([scores for scores, _ in found], 1), torch.cat([failed for _, failed in found], 1)
 
     def combine(self, parts, failed):
@@ -297,12 +348,19 @@ class CombinedReward(Reward):
         self.sums = {name: total + float(self.components[name].sum()) for name, total in self.sums.items()}
         self.summed += len(parts)
         broken = dict(zip(self.rewards, failed.unbind(1)))
-        scaled = self.components | {name: m.follow(self.components[name], broken[name], self.warmup) for name, m in self.moments.items()}
+        scaled = self.components | {
+            name: m.follow(self.components[name], broken[name], self.warmup)
+            for name, m in self.moments.items()
+        }
         return sum(self.weights[name] * scores for name, scores in scaled.items())
 
     def pop_components(self):
         """Means of the parts, as they are, since the last call of this: {"reward/NAME": mean}; {} where nothing was scored."""
-        means = {f"reward/{name}": total / self.summed for name, total in self.sums.items()} if self.summed else {}
+        means = (
+            {f"reward/{name}": total / self.summed for name, total in self.sums.items()}
+            if self.summed
+            else {}
+        )
         self.sums, self.summed = dict.fromkeys(self.rewards, 0.0), 0
         return means
 
@@ -313,7 +371,9 @@ class CombinedReward(Reward):
     def load_state_dict(self, state):
         """Go on from a `state_dict`; UserError where it is one of other parts."""
         if set(state) != set(self.moments):
-            raise UserError(f"the saved reward has statistics of {sorted(state)}, but {self.name} of {sorted(self.moments)}; resume with the same reward")
+            raise UserError(
+                f"the saved reward has statistics of {sorted(state)}, but {self.name} of {sorted(self.moments)}; resume with the same reward"
+            )
         self.moments = {name: Moments(**numbers) for name, numbers in state.items()}
 
 # %% ../../nbs/20_rewards.ipynb #029aa602
@@ -324,7 +384,9 @@ def make_reward(name, options):
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise UserError(f"reward {name!r}: {error}; its options are: {', '.join(signature.parameters) or 'none'}") from None
+        raise UserError(
+            f"reward {name!r}: {error}; its options are: {', '.join(signature.parameters) or 'none'}"
+        ) from None
     return kind(**options)
 
 
@@ -344,13 +406,21 @@ def get_reward(formula, normalise="none", **options):
     weights = parse_formula(formula)
     for name, chosen in options.items():
         if name not in weights or not isinstance(chosen, dict):
-            raise UserError(f"reward {formula!r}: give options by part, as in {next(iter(weights))}={{...}}, not {name}={chosen!r:.40}")
-    return CombinedReward(weights, {name: make_reward(name, options.get(name, {})) for name in weights}, normalise)
+            raise UserError(
+                f"reward {formula!r}: give options by part, as in {next(iter(weights))}={{...}}, not {name}={chosen!r:.40}"
+            )
+    return CombinedReward(
+        weights, {name: make_reward(name, options.get(name, {})) for name in weights}, normalise
+    )
 
 # %% ../../nbs/20_rewards.ipynb #5635f41e
 def check_as_reward(reward):
     """UserError where a run paid by this reward would be paid for errors: a part of which less is better enters with a plus."""
-    parts = zip(reward.rewards.values(), reward.weights.values()) if isinstance(reward, CombinedReward) else [(reward, 1.0)]
+    parts = (
+        zip(reward.rewards.values(), reward.weights.values())
+        if isinstance(reward, CombinedReward)
+        else [(reward, 1.0)]
+    )
     for part, weight in parts:
         if weight > 0 and part.lower_is_better:
             raise UserError(
@@ -418,7 +488,11 @@ class ScoringQueue:
             self.seconds += seconds
             parts.append(found)
             failed.append(broken)
-        return (torch.cat(parts), torch.cat(failed)) if jobs else (torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool))
+        return (
+            (torch.cat(parts), torch.cat(failed))
+            if jobs
+            else (torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool))
+        )
 
     def collect(self):
         """Scores (sum of the B,) on the CPU of all that was submitted since the last collecting; raises what scoring raised."""

@@ -49,7 +49,9 @@ def mel_filters(sample_rate=SAMPLE_RATE, n_fft=321, n_mels=120):
 
 def p808_features(audio):
     """Input of the P.808 network: audio (W, 144160) at 16 kHz -> (W, 900, 120), dB below the clip's maximum as (dB + 40) / 40."""
-    frames = torch.stft(audio[:, :-160], 321, 160, window=torch.hann_window(321), pad_mode="constant", return_complex=True)
+    frames = torch.stft(
+        audio[:, :-160], 321, 160, window=torch.hann_window(321), pad_mode="constant", return_complex=True
+    )
     power = 10 * torch.log10((mel_filters() @ frames.abs().square()).clamp(min=1e-10))
     below = power - power.amax((1, 2), keepdim=True)
     return ((below.clamp(min=-80) + 40) / 40).transpose(1, 2)
@@ -68,7 +70,9 @@ def network_path(file):
     package = importlib.util.find_spec("speechmos")
     path = Path(package.submodule_search_locations[0]) / "dnsmos_models" / file if package else None
     if path is None or not path.is_file():
-        raise UserError("DNSMOS needs the package speechmos, which carries its networks: pip install speechmos")
+        raise UserError(
+            "DNSMOS needs the package speechmos, which carries its networks: pip install speechmos"
+        )
     return path
 
 
@@ -86,10 +90,14 @@ def rate_window(window, names):
     """Scores by name (dict) of a window (144160,) at 16 kHz: at least those that are asked for, list of "p808", "sig", "bak", "ovrl"."""
     found = {}
     if "p808" in names:
-        found["p808"] = float(session("model_v8.onnx").run(None, {"input_1": p808_features(window[None]).numpy()})[0][0, 0])
+        found["p808"] = float(
+            session("model_v8.onnx").run(None, {"input_1": p808_features(window[None]).numpy()})[0][0, 0]
+        )
     if P835.keys() & set(names):
         raw = session("sig_bak_ovr.onnx").run(None, {"input_1": window[None].numpy()})[0][0].tolist()
-        found |= {name: a * raw[column] ** 2 + b * raw[column] + c for name, (column, (a, b, c)) in P835.items()}
+        found |= {
+            name: a * raw[column] ** 2 + b * raw[column] + c for name, (column, (a, b, c)) in P835.items()
+        }
     return found
 
 # %% ../../nbs/21_dnsmos.ipynb #931104b6

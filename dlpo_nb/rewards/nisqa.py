@@ -61,7 +61,9 @@ class NISQA(Reward):
     def __init__(self, weights=None, level_normalise=False):
         path = Path(weights).expanduser() if weights is not None else find_nisqa_weights()
         if path is None or not path.is_file():
-            missing = "no NISQA weights were found" if path is None else f"there are no NISQA weights at {path}"
+            missing = (
+                "no NISQA weights were found" if path is None else f"there are no NISQA weights at {path}"
+            )
             raise UserError(f"{missing}; {WEIGHTS_HELP}")
         self.name, self.level_normalise = "nisqa_normalised" if level_normalise else "nisqa", level_normalise
         self.network, self.options = load_nisqa(path)

@@ -39,7 +39,9 @@ class UTMOS22(nn.Module):
     def stages(self, audio):
         """What each stage gives for audio (B, N): conv (B, T, 512), proj and ssl (B, T, 768), blstm (B, T, 1024), frame (B, T)."""
         speech, dtype = self.wav2vec2, self.domain_emb.dtype
-        conv = speech.feature_extractor(audio.to(speech.feature_extractor.conv_layers[0].conv.weight.dtype)).transpose(1, 2)
+        conv = speech.feature_extractor(
+            audio.to(speech.feature_extractor.conv_layers[0].conv.weight.dtype)
+        ).transpose(1, 2)
         proj, _ = speech.feature_projection(conv.to(dtype))
         ssl = speech.encoder(proj).last_hidden_state
         fixed = torch.cat([self.domain_emb, self.judge_emb], dim=1).expand(*ssl.shape[:2], -1)
@@ -53,17 +55,12 @@ class UTMOS22(nn.Module):
 # %% ../../nbs/22_utmos.ipynb #9949c967
 RENAMES = (
     (".conv.parametrizations.weight.original0", ".conv.weight_g"),
-    (".conv.parametrizations.weight.original1", ".conv.weight_v"),
-    ("pos_conv_embed", "pos_conv"),
-    (".conv.", ".0."),
-    ("conv_layers.0.layer_norm", "conv_layers.0.2"),
-    ("feature_projection.layer_norm", "layer_norm"),
-    ("feature_projection.projection", "post_extract_proj"),
-    (".attention.", ".self_attn."),
-    ("feed_forward.intermediate_dense", "fc1"),
-    ("feed_forward.output_dense", "fc2"),
-    ("masked_spec_embed", "mask_emb"),
-)
+    (".conv.parametrizations.weight.original1", ".conv.weight_v"), ("pos_conv_embed", "pos_conv"),
+    (".conv.", ".0."), ("conv_layers.0.layer_norm", "conv_layers.0.2"),
+    ("feature_projection.layer_norm", "layer_norm"), ("feature_projection.projection", "post_extract_proj"),
+    (".attention.", ".self_attn."), ("feed_forward.intermediate_dense", "fc1"),
+    ("feed_forward.output_dense", "fc2"), ("masked_spec_embed", "mask_emb"),
+)  # fmt: skip
 
 
 def released_name(name):
@@ -99,20 +96,29 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # web pages, half a file, other pickles: many kinds, one meaning
         size = f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else "no file"
-        raise UserError(f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME}; {WEIGHTS_HELP}") from error
+        raise UserError(
+            f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME}; {WEIGHTS_HELP}"
+        ) from error
 
 
 def misfit(tensors, shapes):
     """What keeps `tensors` from being {name: tensor} of just these `shapes` {name: shape}, in words; None where nothing does."""
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
         return "it is no plain dict of tensors"
-    missing, extra = [name for name in shapes if name not in tensors], [name for name in tensors if name not in shapes]
+    missing, extra = (
+        [name for name in shapes if name not in tensors],
+        [name for name in tensors if name not in shapes],
+    )
     if missing:
         return f"{len(missing)} of its {len(shapes)} tensors are missing, such as {missing[0]}"
     if extra:
         return f"{len(extra)} tensors are not part of it, such as {extra[0]!r:.60}"
     wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
-    return f"{wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}" if wrong else None
+    return (
+        f"{wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
+        if wrong
+        else None
+    )
 
 # %% ../../nbs/22_utmos.ipynb #00940a11
 def load_utmos(path, device="cpu", dtype=torch.float32):
@@ -129,7 +135,10 @@ def load_utmos(path, device="cpu", dtype=torch.float32):
     if problem:
         raise UserError(f"{path} is not the UTMOS checkpoint {WEIGHTS_NAME}: {problem}; {WEIGHTS_HELP}")
     fine = torch.promote_types(dtype, torch.float32)
-    state = {name: tensors[theirs].to(fine if "feature_extractor" in name else dtype) for name, theirs in names.items()}
+    state = {
+        name: tensors[theirs].to(fine if "feature_extractor" in name else dtype)
+        for name, theirs in names.items()
+    }
     network.load_state_dict(state, assign=True)
     return network.to(device).eval().requires_grad_(False)
 
@@ -167,7 +176,11 @@ class UTMOS(Reward):
         path = Path(weights).expanduser() if weights is not None else find_utmos_weights()
         if path is None or not path.is_file():
             named = path or os.environ.get(WEIGHTS_VARIABLE)
-            raise UserError(f"there are no UTMOS weights at {named}; {WEIGHTS_HELP}" if named else f"no UTMOS weights were found; {WEIGHTS_HELP}")
+            raise UserError(
+                f"there are no UTMOS weights at {named}; {WEIGHTS_HELP}"
+                if named
+                else f"no UTMOS weights were found; {WEIGHTS_HELP}"
+            )
         self.device = pick_device(device)
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 16)
         self.network = load_utmos(path, self.device, DTYPES[dtype])

@@ -45,7 +45,9 @@ def _apply(rules, text):
 def _ordinal_day(match):
     "June 3 as June 3rd, so that no year grows onto it."
     month, day = match.groups()
-    return f"{month} {day}{'th' if 10 < int(day) < 14 else {'1': 'st', '2': 'nd', '3': 'rd'}.get(day[-1], 'th')}"
+    return (
+        f"{month} {day}{'th' if 10 < int(day) < 14 else {'1': 'st', '2': 'nd', '3': 'rd'}.get(day[-1], 'th')}"
+    )
 
 
 AS_WRITTEN = _rules([  # before the text is read
@@ -99,7 +101,9 @@ def field_normaliser():
 
     package = importlib.util.find_spec("whisper_normalizer")
     if package is None:
-        raise UserError("wer: the spellings of Whisper's normaliser are not installed; pip install whisper-normalizer")
+        raise UserError(
+            "wer: the spellings of Whisper's normaliser are not installed; pip install whisper-normalizer"
+        )
     path = Path(package.submodule_search_locations[0]) / "normalizers" / "english.json"
     return EnglishTextNormalizer(json.loads(path.read_text(encoding="utf-8")))
 
@@ -167,14 +171,18 @@ def count_edits(text, heard):
     """The `Edits` between a text and what was heard of it (str, str), both normalised here. Raises UserError for a text without words."""
     reference = spoken_words(text)
     if not reference:
-        raise UserError(f"the text {text[:60]!r} has no words, so no share of them can be wrong; leave it out or write its words")
+        raise UserError(
+            f"the text {text[:60]!r} has no words, so no share of them can be wrong; leave it out or write its words"
+        )
     return Edits(edit_distance(reference, spoken_words(heard)), len(reference))
 
 
 def pooled_wer(texts, heard):
     """Word error rate of a test set: all edits over all words. texts, heard: equally long lists of str. UserError where there are no words."""
     if len(texts) != len(heard) or not texts:
-        raise UserError(f"a word error rate needs as many transcripts as texts, and at least one, but got {len(heard)} and {len(texts)}")
+        raise UserError(
+            f"a word error rate needs as many transcripts as texts, and at least one, but got {len(heard)} and {len(texts)}"
+        )
     edits, words = zip(*map(count_edits, texts, heard))
     return sum(edits) / sum(words)
 
@@ -207,7 +215,9 @@ def hears_only_sound(recognise):
 def _decoder():
     "The pocketsphinx decoder of this process; it cannot be pickled."
     if importlib.util.find_spec("pocketsphinx") is None:
-        raise UserError("wer: pocketsphinx is not installed; pip install pocketsphinx, or give a Whisper as model")
+        raise UserError(
+            "wer: pocketsphinx is not installed; pip install pocketsphinx, or give a Whisper as model"
+        )
     from pocketsphinx import Decoder
 
     return Decoder(samprate=16000, loglevel="FATAL")
@@ -265,16 +275,22 @@ class FasterWhisper:
         if dtype not in DTYPES:
             raise UserError(f"wer: unknown dtype {dtype!r}; choose one of: {', '.join(DTYPES)}")
         if importlib.util.find_spec("faster_whisper") is None:
-            raise UserError(f"wer: {self.folder} is a Whisper for faster-whisper, which is not installed; pip install 'dlpo_nb[whisper]'")
+            raise UserError(
+                f"wer: {self.folder} is a Whisper for faster-whisper, which is not installed; pip install 'dlpo_nb[whisper]'"
+            )
         from faster_whisper import WhisperModel
 
         if not (self.folder / "tokenizer.json").is_file():  # it would be looked for on the hub
             raise UserError(f"the Whisper {str(self.folder)!r} lacks its tokenizer.json; {WHISPER_HELP}")
         kind = pick_device(device).type
         try:
-            self.network = WhisperModel(str(self.folder), device=kind, compute_type=dtype, cpu_threads=threads, local_files_only=True)
+            self.network = WhisperModel(
+                str(self.folder), device=kind, compute_type=dtype, cpu_threads=threads, local_files_only=True
+            )
         except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"no Whisper could be read from {str(self.folder)!r} ({str(error).splitlines()[0]}); {WHISPER_HELP}") from error
+            raise UserError(
+                f"no Whisper could be read from {str(self.folder)!r} ({str(error).splitlines()[0]}); {WHISPER_HELP}"
+            ) from error
 
     def __reduce__(self):  # to another process go the names, not the network
         return FasterWhisper, self.arguments
@@ -282,7 +298,9 @@ class FasterWhisper:
     def hear_one(self, clip):
         """What is heard in one clip (N,)."""
         if len(clip) > self.max_seconds * 16000:
-            raise UserError(f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {len(clip) / 16000:.1f} s; split its text into sentences")
+            raise UserError(
+                f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {len(clip) / 16000:.1f} s; split its text into sentences"
+            )
         segments, _ = self.network.transcribe(
             with_margins(clip).numpy(), language="en", beam_size=1, temperature=0.0, without_timestamps=True, condition_on_previous_text=False,
             no_speech_threshold=None, log_prob_threshold=None, compression_ratio_threshold=None,
@@ -319,16 +337,33 @@ def load_whisper(model, download=False):
     source, how = (str(folder) if folder.is_dir() else str(model)), dict(local_files_only=not download)
     try:
         with _quietly():
-            network, info = WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **how)
+            network, info = WhisperForConditionalGeneration.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **how
+            )
             processor = WhisperProcessor.from_pretrained(source, **how)
-    except Exception as error:  # files, names, bytes, pickles or shapes that do not fit: many kinds, one meaning
+    except (
+        Exception
+    ) as error:  # files, names, bytes, pickles or shapes that do not fit: many kinds, one meaning
         where = "in the local cache of the hub" if not download and not folder.is_dir() else "there"
         raise UserError(f"no Whisper {source!r} could be read {where}; {WHISPER_HELP}") from error
-    settings, spelled = network.generation_config, processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True)
-    if spelled != "a word":  # without its files a tokenizer is made that knows no word: whatever is heard would be silence
-        raise UserError(f"the Whisper {source!r} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt); {WHISPER_HELP}")
-    if info["missing_keys"] or getattr(settings, "is_multilingual", None) is not False and not hasattr(settings, "lang_to_id"):
-        raise UserError(f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}")
+    settings, spelled = (
+        network.generation_config,
+        processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True),
+    )
+    if (
+        spelled != "a word"
+    ):  # without its files a tokenizer is made that knows no word: whatever is heard would be silence
+        raise UserError(
+            f"the Whisper {source!r} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt); {WHISPER_HELP}"
+        )
+    if (
+        info["missing_keys"]
+        or getattr(settings, "is_multilingual", None) is not False
+        and not hasattr(settings, "lang_to_id")
+    ):
+        raise UserError(
+            f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}"
+        )
     return processor, network.eval().requires_grad_(False)
 
 # %% ../../nbs/24_wer.ipynb #8a6e0caa
@@ -349,7 +384,9 @@ class Whisper:
         self.network = network.to(self.device, self.dtype)
         extractor = self.processor.feature_extractor
         self.max_seconds = (extractor.n_samples - 2 * MARGIN) / extractor.sampling_rate
-        self.options = dict(max_new_tokens=network.config.max_target_positions // 2, num_beams=1, do_sample=False)
+        self.options = dict(
+            max_new_tokens=network.config.max_target_positions // 2, num_beams=1, do_sample=False
+        )
         if hasattr(network.generation_config, "lang_to_id"):  # a model for English alone takes neither
             self.options |= dict(language="en", task="transcribe")
 
@@ -358,8 +395,12 @@ class Whisper:
         extractor = self.processor.feature_extractor
         if len(clip) > extractor.n_samples - 2 * MARGIN:
             seconds = len(clip) / extractor.sampling_rate
-            raise UserError(f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {seconds:.1f} s; split its text into sentences")
-        return extractor(with_margins(clip).numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt").input_features
+            raise UserError(
+                f"this Whisper hears clips of at most {self.max_seconds:g} s, but one has {seconds:.1f} s; split its text into sentences"
+            )
+        return extractor(
+            with_margins(clip).numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt"
+        ).input_features
 
     @hears_only_sound
     @torch.no_grad()
@@ -391,7 +432,10 @@ def pick_recogniser(recogniser=None, model=None, **options):
     if recogniser != "pocketsphinx" and model:
         return load_recogniser(model, **options)
     if recogniser == "whisper" or importlib.util.find_spec("pocketsphinx") is None:
-        raise UserError(f"wer: no Whisper was given; {WHISPER_HELP}" + ("" if recogniser else "; or pip install pocketsphinx"))
+        raise UserError(
+            f"wer: no Whisper was given; {WHISPER_HELP}"
+            + ("" if recogniser else "; or pip install pocketsphinx")
+        )
     _say_once(POCKETSPHINX_NOTE)
     return hear_by_pocketsphinx
 
@@ -401,7 +445,11 @@ def ears(recognise):
     if recognise is hear_by_pocketsphinx:
         return "pocketsphinx"
     if isinstance(recognise, FasterWhisper):
-        return "Whisper tiny.en by faster-whisper" if recognise.folder == packaged_whisper() else f"Whisper {recognise.folder.name} by faster-whisper"
+        return (
+            "Whisper tiny.en by faster-whisper"
+            if recognise.folder == packaged_whisper()
+            else f"Whisper {recognise.folder.name} by faster-whisper"
+        )
     return type(recognise).__name__
 
 # %% ../../nbs/24_wer.ipynb #552e479b
@@ -419,8 +467,19 @@ class WER(Reward):
     worst = 1.0  # no word was heard
     lower_is_better = True
 
-    def __init__(self, recogniser=None, model=None, device="auto", dtype="float32", batch_size=16, download=False, most=1.0):
-        self.recognise = pick_recogniser(recogniser, model, device=device, dtype=dtype, batch_size=batch_size, download=download)
+    def __init__(
+        self,
+        recogniser=None,
+        model=None,
+        device="auto",
+        dtype="float32",
+        batch_size=16,
+        download=False,
+        most=1.0,
+    ):
+        self.recognise = pick_recogniser(
+            recogniser, model, device=device, dtype=dtype, batch_size=batch_size, download=download
+        )
         self.max_seconds = min(self.max_seconds, getattr(self.recognise, "max_seconds", self.max_seconds))
         self.most = most
 
@@ -435,6 +494,9 @@ class WER(Reward):
     def hear(self, clips, sample_rate):
         """What is heard in each clip (N_i,) at sample_rate Hz: a list of str for `pooled_wer`; "" for what cannot be scored."""
         usable = [i for i, clip in enumerate(clips) if unusable(clip, sample_rate, "any", self) is None]
-        ready = [resample(clips[i].detach().float().cpu().clamp(-1, 1), sample_rate, self.sample_rate).clamp(-1, 1) for i in usable]
+        ready = [
+            resample(clips[i].detach().float().cpu().clamp(-1, 1), sample_rate, self.sample_rate).clamp(-1, 1)
+            for i in usable
+        ]
         heard = dict(zip(usable, self.recognise(ready) if ready else []))
         return [heard.get(i, "") for i in range(len(clips))]

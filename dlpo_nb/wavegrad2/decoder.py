@@ -17,13 +17,15 @@ from torch.nn import functional as F
 from ..core import UserError
 
 # %% ../../nbs/07_decoder.ipynb #39a0a4a8
-SLOPE = 0.2 # of every leaky ReLU
+SLOPE = 0.2  # of every leaky ReLU
 
 
 def convolve(x, weight, bias, dilation):
     "Convolution (O, C, K) of x (B, C, 1, N) that keeps the length."
-    y = F.conv2d(x, weight.unsqueeze(2), bias, padding=(0, dilation * (weight.shape[2] // 2)), dilation=(1, dilation))
-    return y.contiguous(memory_format=torch.channels_last) # only a single input channel leaves another order
+    y = F.conv2d(
+        x, weight.unsqueeze(2), bias, padding=(0, dilation * (weight.shape[2] // 2)), dilation=(1, dilation)
+    )
+    return y.contiguous(memory_format=torch.channels_last)  # only a single input channel leaves another order
 
 
 def activate(x, scale=None, shift=None, slope=SLOPE):
@@ -38,24 +40,28 @@ def shrink(x, factor):
     middle = factor // 2
     if factor % 2:
         return x[..., middle::factor]
-    return 0.5 * (x[..., middle - 1::factor] + x[..., middle::factor])
+    return 0.5 * (x[..., middle - 1 :: factor] + x[..., middle::factor])
 
 
 def stretch(x, factor):
     "Linear interpolation of x (B, C, 1, N) up by a whole factor; the ends are repeated."
-    return x if factor == 1 else F.interpolate(x, scale_factor=(1.0, float(factor)), mode="bilinear", align_corners=False)
+    return (
+        x
+        if factor == 1
+        else F.interpolate(x, scale_factor=(1.0, float(factor)), mode="bilinear", align_corners=False)
+    )
 
 # %% ../../nbs/07_decoder.ipynb #bcdd892d
-LONG = 8192 # samples from which on `weight_gradient` is the faster one on a CPU
+LONG = 8192  # samples from which on `weight_gradient` is the faster one on a CPU
 
 
 def weight_gradient(grad, seen, taps, dilation):
     "Gradient of `convolve` to its weight (O, C, taps), from those of its output (B, O, 1, N) and the signal it saw (B, C, 1, N)."
     grad, seen, size, parts = grad[:, :, 0], seen[:, :, 0].transpose(1, 2), grad.shape[-1], []
     for k in range(taps):
-        ahead = max(-size, min(size, (k - taps // 2) * dilation)) # a tap beyond both ends sees nothing
+        ahead = max(-size, min(size, (k - taps // 2) * dilation))  # a tap beyond both ends sees nothing
         before, after = max(-ahead, 0), max(ahead, 0)
-        parts.append(torch.bmm(grad[..., before:size - after], seen[:, after:size - before]).sum(0))
+        parts.append(torch.bmm(grad[..., before : size - after], seen[:, after : size - before]).sum(0))
     return torch.stack(parts, -1)
 
 # %% ../../nbs/07_decoder.ipynb #73d048b7
@@ -78,15 +84,29 @@ class ActiveConv(torch.autograd.Function):
         active = activate(x, scale, shift, slope).to(grad.dtype)
         seen, padding = stretch(active, factor), [0, dilation * (weight.shape[2] // 2)]
         inner, to_weight, _ = torch.ops.aten.convolution_backward(
-            grad, seen, weight.unsqueeze(2).to(grad.dtype), None, [1, 1], padding, [1, dilation], False, [0, 0], 1,
-            [wants_input, wants_weight and not by_taps, False])
+            grad,
+            seen,
+            weight.unsqueeze(2).to(grad.dtype),
+            None,
+            [1, 1],
+            padding,
+            [1, dilation],
+            False,
+            [0, 0],
+            1,
+            [wants_input, wants_weight and not by_taps, False],
+        )
         if wants_weight:
-            to_weight = (weight_gradient(grad, seen, weight.shape[2], dilation) if by_taps else to_weight[:, :, 0]).to(weight.dtype)
+            to_weight = (
+                weight_gradient(grad, seen, weight.shape[2], dilation) if by_taps else to_weight[:, :, 0]
+            ).to(weight.dtype)
         to_bias = grad.sum((0, 2, 3), dtype=weight.dtype) if wants_bias else None
         to_scale = to_shift = None
         if inner is not None:
             if factor > 1:
-                inner = torch.ops.aten.upsample_bilinear2d_backward(inner, inner.shape[2:], active.shape, False, 1.0, float(factor))
+                inner = torch.ops.aten.upsample_bilinear2d_backward(
+                    inner, inner.shape[2:], active.shape, False, 1.0, float(factor)
+                )
             inner = inner if slope == 1 else torch.ops.aten.leaky_relu_backward(inner, active, slope, True)
             inner = inner.to(x.dtype)
             if scale is not None:
@@ -99,17 +119,25 @@ class Conv(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel_size, dilation=1):
         super().__init__()
-        self.conv1d = nn.Conv1d(in_channels, out_channels, kernel_size, padding=dilation * (kernel_size - 1) // 2, dilation=dilation)
+        self.conv1d = nn.Conv1d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+        )
         nn.init.orthogonal_(self.conv1d.weight)
 
     def forward(self, x, scale=None, shift=None, slope=1, factor=1):
-        return ActiveConv.apply(x, scale, shift, self.conv1d.weight, self.conv1d.bias, self.conv1d.dilation[0], slope, factor)
+        return ActiveConv.apply(
+            x, scale, shift, self.conv1d.weight, self.conv1d.bias, self.conv1d.dilation[0], slope, factor
+        )
 
 # %% ../../nbs/07_decoder.ipynb #235a9dc0
 def level_embedding(
-    level: torch.Tensor, # (B, 1) noise level sqrt(alpha_bar), float32 or float64
-    channels: int, # C, even
-) -> torch.Tensor: # (B, C), sines first
+    level: torch.Tensor,  # (B, 1) noise level sqrt(alpha_bar), float32 or float64
+    channels: int,  # C, even
+) -> torch.Tensor:  # (B, C), sines first
     "Sinusoidal embedding of the noise level (WaveGrad, section 3.3; scale 5000, no dependence on time)."
     k = torch.arange(channels // 2, device=level.device, dtype=level.dtype)
     angle = (5000 * level) * 1e-4 ** (k / (channels // 2))
@@ -149,7 +177,8 @@ class ActivatedConv(nn.Module):
         super().__init__()
         self.convolution = Conv(in_channels, out_channels, 3, dilation)
 
-    def forward(self, x): return self.convolution(x, slope=SLOPE)
+    def forward(self, x):
+        return self.convolution(x, slope=SLOPE)
 
 
 class DownBlock(nn.Module):
@@ -163,8 +192,12 @@ class DownBlock(nn.Module):
         self.factor = factor
         # the released keys count the resampling as layer 0 of the branch where there is one
         first = 0 if large else 1
-        self.main_branch = nn.ModuleDict({
-            str(first + k): ActivatedConv(out_channels if k else in_channels, out_channels, dilation) for k, dilation in enumerate((1, 2, 4))})
+        self.main_branch = nn.ModuleDict(
+            {
+                str(first + k): ActivatedConv(out_channels if k else in_channels, out_channels, dilation)
+                for k, dilation in enumerate((1, 2, 4))
+            }
+        )
         self.residual_branch = nn.ModuleList([Conv(in_channels, out_channels, 1)])
 
     def forward(self, x):
@@ -180,16 +213,18 @@ class DownBlock(nn.Module):
 def stretched_conv(u, weight, bias, factor):
     "convolve(stretch(activate(u), factor)) for an odd factor above 1, (B, C, 1, N), with the products at the low rate."
     before, here, after = weight.unbind(2)
-    products = ActiveConv.apply(u, None, None, torch.cat([before + here + after, before, after])[..., None], None)
-    ends = products.squeeze(2).transpose(1, 2) # (B, N, 3 C)
+    products = ActiveConv.apply(
+        u, None, None, torch.cat([before + here + after, before, after])[..., None], None
+    )
+    ends = products.squeeze(2).transpose(1, 2)  # (B, N, 3 C)
     first, last = ends[:, :1], ends[:, -1:]
-    ends = torch.cat([first, ends, last], 1) # the segments between these, N + 1, begin and end outside
+    ends = torch.cat([first, ends, last], 1)  # the segments between these, N + 1, begin and end outside
     slope, left, right = ((ends[:, 1:] - ends[:, :-1]) / factor).chunk(3, -1)
-    start = ends[:, :-1, :len(weight)] + right - left + bias.to(ends.dtype)
+    start = ends[:, :-1, : len(weight)] + right - left + bias.to(ends.dtype)
     place = torch.arange(factor, device=u.device, dtype=ends.dtype)[:, None]
-    y = torch.addcmul(start[:, :, None], place, slope[:, :, None]) # (B, N + 1, factor, C)
+    y = torch.addcmul(start[:, :, None], place, slope[:, :, None])  # (B, N + 1, factor, C)
     y[:, 1:, 0] += left[:, 1:] - left[:, :-1]
-    y = y.flatten(1, 2)[:, factor - factor // 2:-(factor // 2)]
+    y = y.flatten(1, 2)[:, factor - factor // 2 : -(factor // 2)]
     y[:, :1] -= first.chunk(3, -1)[1]
     y[:, -1:] -= last.chunk(3, -1)[2]
     return y.transpose(1, 2).unsqueeze(2)
@@ -220,7 +255,8 @@ class SecondBranch(nn.Module):
         self.modulation_0 = Modulation(channels, dilations[2])
         self.modulation_1 = Modulation(channels, dilations[3])
 
-    def forward(self, v, film): return self.modulation_1(self.modulation_0(v, film), film)
+    def forward(self, v, film):
+        return self.modulation_1(self.modulation_0(v, film), film)
 
 
 class UpBlock(nn.Module):
@@ -239,14 +275,16 @@ class UpBlock(nn.Module):
     def forward(self, u, film):
         if hasattr(self, "upsampling_basic_block"):
             u = self.upsampling_basic_block(u, film)
-        v = self.first_block_main_branch(u, film).add_(stretch(self.first_block_residual_branch[0](u), self.factor))
+        v = self.first_block_main_branch(u, film).add_(
+            stretch(self.first_block_residual_branch[0](u), self.factor)
+        )
         return self.second_block_main_branch(v, film).add_(v)
 
 # %% ../../nbs/07_decoder.ipynb #34e520b1
 def output_form(
-    level: torch.Tensor, # (B, 1) noise level l
-    data_std: float, # s
-) -> tuple: # three (B, 1): factor of x inside F, factor of x outside, factor of F
+    level: torch.Tensor,  # (B, 1) noise level l
+    data_std: float,  # s
+) -> tuple:  # three (B, 1): factor of x inside F, factor of x outside, factor of F
     "Factors of the preconditioned output (Karras et al. 2022, table 1, for the variance-preserving process)."
     noise_variance = (1 - level * level).clamp(min=0)
     variance = (level * data_std) ** 2 + noise_variance
@@ -258,24 +296,29 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        hidden_channels=576, # of the frames
-        first_up=768, # channels of the first convolution of the way up
-        up=(512, 512, 256, 128, 128), # channels of the up-blocks
-        first_down=32, # channels of the first convolution of the way down
-        down=(128, 128, 256, 512), # channels of the down-blocks
-        factors=(5, 5, 3, 2, 2), # of the up-blocks; the way down reverses all but the first
+        hidden_channels=576,  # of the frames
+        first_up=768,  # channels of the first convolution of the way up
+        up=(512, 512, 256, 128, 128),  # channels of the up-blocks
+        first_down=32,  # channels of the first convolution of the way down
+        down=(128, 128, 256, 512),  # channels of the down-blocks
+        factors=(5, 5, 3, 2, 2),  # of the up-blocks; the way down reverses all but the first
         up_dilations=((1, 2, 4, 8),) * 3 + ((1, 2, 1, 2),) * 2,
-        large=False, # a second block after each block
-        preconditioned=False, data_std=1.0, # whether to use `output_form`, and its s
+        large=False,  # a second block after each block
+        preconditioned=False,
+        data_std=1.0,  # whether to use `output_form`, and its s
     ):
         super().__init__()
         self.hop, self.preconditioned, self.data_std = math.prod(factors), preconditioned, data_std
         down = (first_down, *down)
         self.ublock_preconv = Conv(hidden_channels, first_up, 3)
-        self.ublocks = nn.ModuleList(UpBlock(*block, large) for block in zip((first_up, *up[:-1]), up, factors, up_dilations))
+        self.ublocks = nn.ModuleList(
+            UpBlock(*block, large) for block in zip((first_up, *up[:-1]), up, factors, up_dilations)
+        )
         self.ublock_postconv = Conv(up[-1], 1, 3)
         self.dblock_preconv = Conv(1, first_down, 5)
-        self.dblocks = nn.ModuleList(DownBlock(*block, large) for block in zip(down[:-1], down[1:], factors[:0:-1]))
+        self.dblocks = nn.ModuleList(
+            DownBlock(*block, large) for block in zip(down[:-1], down[1:], factors[:0:-1])
+        )
         self.films = nn.ModuleList(FiLM(*channels) for channels in zip(down, up[::-1]))
 
     def network(self, x, hidden, level):
@@ -285,7 +328,9 @@ class Decoder(nn.Module):
         for block, film in zip(self.dblocks, self.films[1:]):
             x = block(x)
             films.append(film(x, level))
-        u = self.ublock_preconv(hidden.unsqueeze(2).clone(memory_format=torch.channels_last)) # the same kernel whatever the order of `hidden`
+        u = self.ublock_preconv(
+            hidden.unsqueeze(2).clone(memory_format=torch.channels_last)
+        )  # the same kernel whatever the order of `hidden`
         for block, film in zip(self.ublocks, reversed(films)):
             u = block(u, film)
         return self.ublock_postconv(u)[:, 0, 0]
@@ -300,28 +345,34 @@ class Decoder(nn.Module):
 # %% ../../nbs/07_decoder.ipynb #7f80aeca
 def predict_noise(
     decoder: Decoder,
-    x: torch.Tensor, # (B, N) noisy audio, N = hop * T
-    hidden: torch.Tensor, # (B, C, T) frames
-    level: torch.Tensor, # (B, 1), or one for all: noise level sqrt(alpha_bar)
-    frames: torch.Tensor | None = None, # (B,) frames of each item; None: all have T
-) -> torch.Tensor: # (B, N) estimate of the noise, 0 past an item's end
+    x: torch.Tensor,  # (B, N) noisy audio, N = hop * T
+    hidden: torch.Tensor,  # (B, C, T) frames
+    level: torch.Tensor,  # (B, 1), or one for all: noise level sqrt(alpha_bar)
+    frames: torch.Tensor | None = None,  # (B,) frames of each item; None: all have T
+) -> torch.Tensor:  # (B, N) estimate of the noise, 0 past an item's end
     "Estimate the noise of a batch; each item as if it were alone. UserError where the shapes do not fit."
     size = hidden.shape[-1]
     if x.ndim != 2 or hidden.ndim != 3 or len(x) != len(hidden) or x.shape[1] != size * decoder.hop:
-        raise UserError(f"noisy audio {tuple(x.shape)} does not fit hidden frames {tuple(hidden.shape)}: "
-                        f"expected (B, {decoder.hop} * T) for (B, C, T), {decoder.hop} samples a frame")
+        raise UserError(
+            f"noisy audio {tuple(x.shape)} does not fit hidden frames {tuple(hidden.shape)}: "
+            f"expected (B, {decoder.hop} * T) for (B, C, T), {decoder.hop} samples a frame"
+        )
     level = torch.as_tensor(level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if level.numel() not in (1, len(x)):
-        raise UserError(f"noise level of shape {tuple(level.shape)} does not fit a batch of {len(x)}: expected (B, 1), or one value")
+        raise UserError(
+            f"noise level of shape {tuple(level.shape)} does not fit a batch of {len(x)}: expected (B, 1), or one value"
+        )
     level = level.reshape(-1, 1).expand(len(x), 1)
     counts = [size] * len(x) if frames is None else frames.tolist()
     if len(counts) != len(x) or not all(0 < n <= size for n in counts):
-        raise UserError(f"frames {counts} do not fit a batch of {len(x)} items of up to {size} frames: expected one count from 1 to {size} for each")
+        raise UserError(
+            f"frames {counts} do not fit a batch of {len(x)} items of up to {size} frames: expected one count from 1 to {size} for each"
+        )
     if min(counts) == size:
         return decoder.estimate(x, hidden, level)
     eps = torch.zeros_like(x)
     for n in sorted(set(counts)):
         rows = torch.tensor([i for i, count in enumerate(counts) if count == n], device=x.device)
-        part = decoder.estimate(x[rows, :n * decoder.hop], hidden[rows, :, :n], level[rows])
-        eps[rows, :n * decoder.hop] = part
+        part = decoder.estimate(x[rows, : n * decoder.hop], hidden[rows, :, :n], level[rows])
+        eps[rows, : n * decoder.hop] = part
     return eps

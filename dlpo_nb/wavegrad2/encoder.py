@@ -12,16 +12,18 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 # %% ../../nbs/05_encoder.ipynb #db062594
 def length_mask(
-    lengths: torch.Tensor, # (B,) valid positions of each item
-    size: int, # L, positions in all
-) -> torch.Tensor: # (B, L) bool, True where valid
+    lengths: torch.Tensor,  # (B,) valid positions of each item
+    size: int,  # L, positions in all
+) -> torch.Tensor:  # (B, L) bool, True where valid
     "Mask of the valid positions of a padded batch."
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def packed_lstm(lstm: nn.LSTM, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     "Run a (bidirectional) LSTM over x (B, L, C), each item up to its own length; rows beyond it are 0."
-    if x.device.type == "cpu": # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
+    if (
+        x.device.type == "cpu"
+    ):  # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
         x = x.to(lstm.weight_hh_l0.dtype)
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     with torch.autocast("cpu", enabled=False):
@@ -31,9 +33,9 @@ def packed_lstm(lstm: nn.LSTM, x: torch.Tensor, lengths: torch.Tensor) -> torch.
 # %% ../../nbs/05_encoder.ipynb #0233c60b
 def masked_norm(
     norm: nn.BatchNorm1d,
-    x: torch.Tensor, # (B, C, L)
-    mask: torch.Tensor | None, # (B, L) bool; None: every position counts
-) -> torch.Tensor: # (B, C, L)
+    x: torch.Tensor,  # (B, C, L)
+    mask: torch.Tensor | None,  # (B, L) bool; None: every position counts
+) -> torch.Tensor:  # (B, C, L)
     "Batch norm whose training statistics count only the positions in the mask."
     if mask is None or not norm.training:
         return norm(x)
@@ -50,22 +52,28 @@ class Encoder(nn.Module):
     def __init__(
         self,
         n_symbols: int = 151,
-        channels: int = 512, # C, even: half for each direction of the LSTM
-        dropout: float = 0.5, # after each convolution, in training
+        channels: int = 512,  # C, even: half for each direction of the LSTM
+        dropout: float = 0.5,  # after each convolution, in training
     ):
         super().__init__()
         self.embedding = nn.Embedding(n_symbols, channels)
         self.cnn = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(channels, channels, 5, padding=2), nn.BatchNorm1d(channels), nn.ReLU(), nn.Dropout(dropout))
-            for _ in range(3))
+            nn.Sequential(
+                nn.Conv1d(channels, channels, 5, padding=2),
+                nn.BatchNorm1d(channels),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+            )
+            for _ in range(3)
+        )
         self.lstm = nn.LSTM(channels, channels // 2, batch_first=True, bidirectional=True)
 
     def forward(
         self,
-        ids: torch.Tensor, # (B, L) symbol ids, padded on the right
-        lengths: torch.Tensor, # (B,) symbols of each text
-        reference_padding: bool = False, # let padding leak, as the released implementation does
-    ) -> torch.Tensor: # (B, L, C), 0 beyond each length
+        ids: torch.Tensor,  # (B, L) symbol ids, padded on the right
+        lengths: torch.Tensor,  # (B,) symbols of each text
+        reference_padding: bool = False,  # let padding leak, as the released implementation does
+    ) -> torch.Tensor:  # (B, L, C), 0 beyond each length
         "Encode a batch of texts."
         exact = reference_padding or int(lengths.min()) == ids.shape[1]
         mask = None if exact else length_mask(lengths, ids.shape[1])

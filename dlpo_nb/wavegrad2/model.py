@@ -24,21 +24,22 @@ from .upsampling import Resampling
 @dataclass(frozen=True)
 class WaveGrad2Config:
     "Sizes of a WaveGrad 2; the defaults are the released Base model."
-    n_symbols: int = 151 # size of the symbol set
+
+    n_symbols: int = 151  # size of the symbol set
     n_speakers: int = 1
-    encoder_channels: int = 512 # even
+    encoder_channels: int = 512  # even
     speaker_channels: int = 64
-    predictor_channels: int = 512 # LSTM units a direction, duration and range predictor
-    dropout: float = 0.5 # encoder, in training
-    factors: tuple = (5, 5, 3, 2, 2) # up-blocks; their product is the samples a frame
-    first_up: int = 768 # channels of the way up: first convolution, then the blocks
+    predictor_channels: int = 512  # LSTM units a direction, duration and range predictor
+    dropout: float = 0.5  # encoder, in training
+    factors: tuple = (5, 5, 3, 2, 2)  # up-blocks; their product is the samples a frame
+    first_up: int = 768  # channels of the way up: first convolution, then the blocks
     up: tuple = (512, 512, 256, 128, 128)
     up_dilations: tuple = ((1, 2, 4, 8),) * 3 + ((1, 2, 1, 2),) * 2
-    first_down: int = 32 # channels of the way down, even
+    first_down: int = 32  # channels of the way down, even
     down: tuple = (128, 128, 256, 512)
-    double_blocks: bool = False # Large: a second block after each block
-    preconditioned: bool = False # the output form of narrow models, see 07_decoder
-    data_std: float = 1.0 # standard deviation of the speech, for `preconditioned`
+    double_blocks: bool = False  # Large: a second block after each block
+    preconditioned: bool = False  # the output form of narrow models, see 07_decoder
+    data_std: float = 1.0  # standard deviation of the speech, for `preconditioned`
     sample_rate: int = SAMPLE_RATE
 
     def __post_init__(self):
@@ -48,37 +49,59 @@ class WaveGrad2Config:
         check_config(self)
 
     @classmethod
-    def base(cls): return cls()
+    def base(cls):
+        return cls()
 
     @classmethod
-    def large(cls): return cls(double_blocks=True, up_dilations=((1, 2, 4, 8),) * 5)
+    def large(cls):
+        return cls(double_blocks=True, up_dilations=((1, 2, 4, 8),) * 5)
 
     @property
-    def hop(self): return math.prod(self.factors)
+    def hop(self):
+        return math.prod(self.factors)
 
     @property
-    def frame_rate(self): return self.sample_rate / self.hop
+    def frame_rate(self):
+        return self.sample_rate / self.hop
 
 # %% ../../nbs/08_wavegrad2.ipynb #4db38e4c
 def check_config(config):
     "UserError where the sizes of a WaveGrad2Config do not fit together."
     blocks = len(config.factors)
-    widths = (config.n_symbols, config.n_speakers, config.encoder_channels, config.speaker_channels, config.predictor_channels,
-              config.first_up, *config.up, config.first_down, *config.down, *config.factors, *sum(config.up_dilations, ()))
+    widths = (
+        config.n_symbols,
+        config.n_speakers,
+        config.encoder_channels,
+        config.speaker_channels,
+        config.predictor_channels,
+        config.first_up,
+        *config.up,
+        config.first_down,
+        *config.down,
+        *config.factors,
+        *sum(config.up_dilations, ()),
+    )
     if not all(isinstance(w, int) and w > 0 for w in widths):
         raise UserError(f"the model configuration needs whole numbers above 0 for its sizes; got {config}")
-    if not len(config.up) == len(config.up_dilations) == blocks == len(config.down) + 1 or {len(d) for d in config.up_dilations} != {4}:
-        raise UserError(f"{blocks} factors need {blocks} `up` widths, {blocks} `up_dilations` of 4 numbers and {blocks - 1} `down` widths; got {config}")
+    if not len(config.up) == len(config.up_dilations) == blocks == len(config.down) + 1 or {
+        len(d) for d in config.up_dilations
+    } != {4}:
+        raise UserError(
+            f"{blocks} factors need {blocks} `up` widths, {blocks} `up_dilations` of 4 numbers and {blocks - 1} `down` widths; got {config}"
+        )
     if any(w % 2 for w in (config.encoder_channels, config.first_down, *config.down)):
-        raise UserError(f"encoder_channels, first_down and down must be even (two LSTM directions; sines and cosines of the noise level); got {config}")
+        raise UserError(
+            f"encoder_channels, first_down and down must be even (two LSTM directions; sines and cosines of the noise level); got {config}"
+        )
 
 # %% ../../nbs/08_wavegrad2.ipynb #218e5170
-AUDIO_MAX = 1 - 2**-10 # the largest value of the final clamp, as released
+AUDIO_MAX = 1 - 2**-10  # the largest value of the final clamp, as released
 
 
 @POLICIES.register("wavegrad2")
 class WaveGrad2(Policy):
     "WaveGrad 2 (Chen et al. 2021) of any width, with the released weights' key names."
+
     kind, Config = "wavegrad2", WaveGrad2Config
 
     def __init__(self, config: WaveGrad2Config):
@@ -88,15 +111,29 @@ class WaveGrad2(Policy):
         self.encoder = Encoder(c.n_symbols, c.encoder_channels, c.dropout)
         self.speaker_embedding = nn.Embedding(c.n_speakers, c.speaker_channels)
         self.resampling = Resampling(width, c.predictor_channels, c.frame_rate)
-        self.decoder = Decoder(width, c.first_up, c.up, c.first_down, c.down, c.factors, c.up_dilations,
-                               c.double_blocks, c.preconditioned, c.data_std)
+        self.decoder = Decoder(
+            width,
+            c.first_up,
+            c.up,
+            c.first_down,
+            c.down,
+            c.factors,
+            c.up_dilations,
+            c.double_blocks,
+            c.preconditioned,
+            c.data_std,
+        )
 
     @property
-    def hop(self): return self.config.hop
+    def hop(self):
+        return self.config.hop
 
-    def encode(self, texts): return [text_to_ids(text) for text in texts]
+    def encode(self, texts):
+        return [text_to_ids(text) for text in texts]
 
-    def condition(self, ids, lengths, durations=None, pace=1.0, reference_padding=False, speakers=None) -> Conditioning:
+    def condition(
+        self, ids, lengths, durations=None, pace=1.0, reference_padding=False, speakers=None
+    ) -> Conditioning:
         """Texts to frames: ids (B, L) padded with 0, lengths (B,), durations (B, L) in frames or None for the predicted ones.
 
         `pace` stretches predicted durations, `speakers` (B,) are indices (default 0). `reference_padding` computes what the
@@ -107,15 +144,19 @@ class WaveGrad2(Policy):
         voice = self.speaker_embedding(speakers)[:, None].expand(-1, ids.shape[1], -1)
         memory = torch.cat([text, voice.to(text.dtype)], -1)
         up = self.resampling(memory, lengths, durations, pace, reference_padding)
-        return Conditioning(up.hidden, up.frames, up.durations, up.seconds, length_mask(lengths, ids.shape[1]))
+        return Conditioning(
+            up.hidden, up.frames, up.durations, up.seconds, length_mask(lengths, ids.shape[1])
+        )
 
     def predict_noise(self, x, hidden, level, frames=None):
         "Noise (B, N) in x (B, N), see `dlpo_nb.wavegrad2.decoder.predict_noise`."
         return predict_noise(self.decoder, x, hidden, level, frames)
 
-    def render(self, x_0, conditioning): return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.hop
+    def render(self, x_0, conditioning):
+        return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.hop
 
-    def analyse(self, audio, conditioning): return audio
+    def analyse(self, audio, conditioning):
+        return audio
 
     def denoising_error(self, eps, noise, level):
         "The absolute difference (Chen et al. 2021, WaveGrad)."
@@ -124,7 +165,11 @@ class WaveGrad2(Policy):
     @classmethod
     def read_config(cls, path, state, metadata):
         "The configuration in the metadata, or the released one that fits the shapes."
-        return super().read_config(path, state, metadata) if cls.kind in metadata else released_config(path, state)
+        return (
+            super().read_config(path, state, metadata)
+            if cls.kind in metadata
+            else released_config(path, state)
+        )
 
 # %% ../../nbs/08_wavegrad2.ipynb #5ecc22fc
 def released_config(path, state) -> WaveGrad2Config:
@@ -132,15 +177,17 @@ def released_config(path, state) -> WaveGrad2Config:
     tables = [state.get("encoder.embedding.weight"), state.get("speaker_embedding.weight")]
     if any(t is None or t.ndim != 2 for t in tables):
         first = ", ".join(list(state)[:3]) or "none"
-        raise UserError(f"{path} holds no WaveGrad 2 weights (its first entries: {first}); give a WaveGrad 2 checkpoint")
+        raise UserError(
+            f"{path} holds no WaveGrad 2 weights (its first entries: {first}); give a WaveGrad 2 checkpoint"
+        )
     large = any("sampling_basic_block." in key for key in state)
     config = WaveGrad2Config.large() if large else WaveGrad2Config.base()
     return replace(config, n_symbols=len(tables[0]), n_speakers=len(tables[1]))
 
 
 def load_wavegrad2(
-    path, # a .safetensors of ours, a released Lightning .ckpt, or a bare state_dict saved by torch
+    path,  # a .safetensors of ours, a released Lightning .ckpt, or a bare state_dict saved by torch
     device="cpu",
-) -> WaveGrad2: # in evaluation mode, float32; `.metadata` is what the file says about itself
+) -> WaveGrad2:  # in evaluation mode, float32; `.metadata` is what the file says about itself
     "`load_policy` for a WaveGrad 2. Raises UserError if the file is not one."
     return load_policy(path, device, kind="wavegrad2")

@@ -22,11 +22,11 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_alignment(
-    durations: torch.Tensor, # (B, L) frames of each symbol
-    sigma: torch.Tensor, # (B, L) width of each symbol's bump, frames
-    mask: torch.Tensor, # (B, L) bool, True at symbols
-    size: int, # T, frames in all
-) -> torch.Tensor: # (B, L, T)
+    durations: torch.Tensor,  # (B, L) frames of each symbol
+    sigma: torch.Tensor,  # (B, L) width of each symbol's bump, frames
+    mask: torch.Tensor,  # (B, L) bool, True at symbols
+    size: int,  # T, frames in all
+) -> torch.Tensor:  # (B, L, T)
     "Weight of each symbol in each frame: normalised Gaussian densities (Shen et al. 2020, eq. 4-6)."
     # softplus can underflow, and 0 / 0 would poison the whole item
     sigma = torch.where(mask, sigma, 1e-8).clamp(min=1e-8)[..., None]
@@ -46,21 +46,23 @@ class Predictor(nn.Module):
         # a Sequential only for the released key names
         self.fc = nn.Sequential(nn.Linear(2 * channels, 1, bias=False))
 
-    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor: # (B, L, C), (B,) -> (B, L)
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (B, L, C), (B,) -> (B, L)
         "Predict, at least in float32."
         return at_least_float32(self.fc(packed_lstm(self.lstm, x, lengths))[..., 0])
 
 # %% ../../nbs/06_upsampling.ipynb #24157673
 def round_durations(
-    seconds: torch.Tensor, # (B, L) predicted, 0 at padding
-    mask: torch.Tensor, # (B, L) bool, True at symbols
-    frame_rate: float, # frames a second
-    pace: float = 1.0, # larger is slower
-    keep_negative: bool = False, # as the released implementation does
-) -> torch.Tensor: # (B, L) whole frames, each row summing to 1 or more
+    seconds: torch.Tensor,  # (B, L) predicted, 0 at padding
+    mask: torch.Tensor,  # (B, L) bool, True at symbols
+    frame_rate: float,  # frames a second
+    pace: float = 1.0,  # larger is slower
+    keep_negative: bool = False,  # as the released implementation does
+) -> torch.Tensor:  # (B, L) whole frames, each row summing to 1 or more
     "Durations in frames for synthesis; UserError where the prediction is not finite."
     if not torch.isfinite(seconds).all():
-        raise UserError("the duration predictor gave values that are not finite; the weights are damaged or training diverged: use an earlier checkpoint")
+        raise UserError(
+            "the duration predictor gave values that are not finite; the weights are damaged or training diverged: use an earlier checkpoint"
+        )
     frames = torch.round(seconds * pace * frame_rate)
     if keep_negative:
         return frames
@@ -73,12 +75,13 @@ def round_durations(
 @dataclass
 class Upsampled:
     "What `Resampling` gives."
-    hidden: torch.Tensor # (B, C, T)
-    alignment: torch.Tensor # (B, L, T)
-    durations: torch.Tensor # (B, L) frames, as used
-    seconds: torch.Tensor # (B, L) as predicted, with gradient
-    sigma: torch.Tensor # (B, L) frames, 1e-8 at padding
-    frames: torch.Tensor # (B,) int64, T of each item
+
+    hidden: torch.Tensor  # (B, C, T)
+    alignment: torch.Tensor  # (B, L, T)
+    durations: torch.Tensor  # (B, L) frames, as used
+    seconds: torch.Tensor  # (B, L) as predicted, with gradient
+    sigma: torch.Tensor  # (B, L) frames, 1e-8 at padding
+    frames: torch.Tensor  # (B,) int64, T of each item
 
 # %% ../../nbs/06_upsampling.ipynb #730d809c
 class Resampling(nn.Module):
@@ -86,9 +89,9 @@ class Resampling(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 576, # C of the memory: text and speaker
-        channels: int = 512, # LSTM units a direction
-        frame_rate: float = 73.5, # frames a second
+        in_channels: int = 576,  # C of the memory: text and speaker
+        channels: int = 512,  # LSTM units a direction
+        frame_rate: float = 73.5,  # frames a second
     ):
         super().__init__()
         self.frame_rate = frame_rate
@@ -97,17 +100,19 @@ class Resampling(nn.Module):
 
     def forward(
         self,
-        memory: torch.Tensor, # (B, L, C)
-        lengths: torch.Tensor, # (B,)
-        durations: torch.Tensor | None = None, # (B, L) frames; None: as predicted
-        pace: float = 1.0, # stretches predicted durations
-        reference_padding: bool = False, # as the released implementation: negative durations stay, frames past an item's end fade
+        memory: torch.Tensor,  # (B, L, C)
+        lengths: torch.Tensor,  # (B,)
+        durations: torch.Tensor | None = None,  # (B, L) frames; None: as predicted
+        pace: float = 1.0,  # stretches predicted durations
+        reference_padding: bool = False,  # as the released implementation: negative durations stay, frames past an item's end fade
     ) -> Upsampled:
         "Upsample a batch; item i has max(1, sum of its durations) frames."
         mask = length_mask(lengths, memory.shape[1])
         seconds = self.duration_predictor(memory, lengths) * mask
         if durations is None:
-            durations = round_durations(seconds.detach(), mask, self.frame_rate, pace, keep_negative=reference_padding)
+            durations = round_durations(
+                seconds.detach(), mask, self.frame_rate, pace, keep_negative=reference_padding
+            )
         durations = durations.to(seconds.dtype) * mask
         frames = durations.sum(1).round().long().clamp(min=1)
         size = int(frames.max())

@@ -4,6 +4,7 @@ WaveGrad 2 Base with the tests' deterministic weights. Sampling steps and traini
 machine's ceilings (matrix product, copy); ratios are of medians. Peak memory is that of processes of their own, which do two training steps each.
 Writes results/bench/decoder.json.
 """
+
 import argparse
 import json
 import statistics
@@ -41,13 +42,20 @@ def base_decoder():
 def signals(batch, frames):
     """Noisy audio, hidden frames and noise."""
     generator = torch.Generator().manual_seed(0)
-    return [scale * torch.randn(batch, *shape, generator=generator) for scale, shape in ((1, (300 * frames,)), (0.25, (576, frames)), (1, (300 * frames,)))]
+    return [
+        scale * torch.randn(batch, *shape, generator=generator)
+        for scale, shape in ((1, (300 * frames,)), (0.25, (576, frames)), (1, (300 * frames,)))
+    ]
 
 
 def sampling_steps(args):
     """{name: a call that gives the estimated noise and the next state, (B, N) each}: reverse step t = 500 of 1000."""
     ours = base_decoder()
-    plain, tables, schedule = PlainDecoder(ours.state_dict()), PlainTables(BETAS), NoiseSchedule.from_betas(BETAS, torch.float32)
+    plain, tables, schedule = (
+        PlainDecoder(ours.state_dict()),
+        PlainTables(BETAS),
+        NoiseSchedule.from_betas(BETAS, torch.float32),
+    )
     y, hidden, z = signals(args.batch, args.frames)
 
     def step():
@@ -58,9 +66,16 @@ def sampling_steps(args):
         def half():
             with torch.autocast("cpu", torch.bfloat16):
                 return call()
+
         return half
+
     plainly = lambda: tables.step(plain, y, hidden, 500, z)
-    return {"plain": plainly, "ours": step, "plain bfloat16": in_half(plainly), "ours bfloat16": in_half(step)}
+    return {
+        "plain": plainly,
+        "ours": step,
+        "plain bfloat16": in_half(plainly),
+        "ours bfloat16": in_half(step),
+    }
 
 
 def training_steps(args, names=("plain", "ours", "ours bfloat16")):
@@ -70,7 +85,10 @@ def training_steps(args, names=("plain", "ours", "ours bfloat16")):
     y, hidden, z = signals(args.batch, args.window)
     hidden.requires_grad_()
     level = torch.full((args.batch, 1), 0.6)
-    decoders = {"plain": lambda: plain(y, hidden, level), "ours": lambda: predict_noise(ours, y, hidden, level)}
+    decoders = {
+        "plain": lambda: plain(y, hidden, level),
+        "ours": lambda: predict_noise(ours, y, hidden, level),
+    }
 
     def step(name):
         for owner in (ours, plain):
@@ -81,20 +99,27 @@ def training_steps(args, names=("plain", "ours", "ours bfloat16")):
         loss.backward()
         owner = plain if name == "plain" else ours
         return loss.item(), torch.stack([p.grad.norm() for p in owner.parameters()]).norm().item()
+
     return {name: lambda name=name: step(name) for name in names}
 
 
 def ceilings():
     """{name: a call, and how much it does (floating-point operations, or bytes)}."""
     a, b = torch.randn(2, 1536, 1536)
-    half, signal = (a.bfloat16(), b.bfloat16()), torch.randn(4, 512, 1, 3000).contiguous(memory_format=torch.channels_last)
+    half, signal = (
+        (a.bfloat16(), b.bfloat16()),
+        torch.randn(4, 512, 1, 3000).contiguous(memory_format=torch.channels_last),
+    )
     kernel, big = torch.randn(512, 512, 1, 3), torch.randn(2, 32 * 2**20)
     small = signal.bfloat16(), kernel.bfloat16()
     of_conv = 2 * 4 * 3000 * 512 * 512 * 3
-    return {"matmul float32": (lambda: a @ b, 2 * 1536**3), "matmul bfloat16": (lambda: half[0] @ half[1], 2 * 1536**3),
-            "conv float32": (lambda: torch.nn.functional.conv2d(signal, kernel, padding=(0, 1)), of_conv),
-            "conv bfloat16": (lambda: torch.nn.functional.conv2d(*small, padding=(0, 1)), of_conv),
-            "copy": (lambda: big[0].copy_(big[1]), 2 * big[0].nbytes)}
+    return {
+        "matmul float32": (lambda: a @ b, 2 * 1536**3),
+        "matmul bfloat16": (lambda: half[0] @ half[1], 2 * 1536**3),
+        "conv float32": (lambda: torch.nn.functional.conv2d(signal, kernel, padding=(0, 1)), of_conv),
+        "conv bfloat16": (lambda: torch.nn.functional.conv2d(*small, padding=(0, 1)), of_conv),
+        "copy": (lambda: big[0].copy_(big[1]), 2 * big[0].nbytes),
+    }
 
 
 def take_turns(calls, rounds):
@@ -121,9 +146,14 @@ def compare(calls, rounds, baseline="plain"):
             call()
         median, kind = statistics.median(seconds[name]), "bfloat16" if "bfloat16" in name else "float32"
         gflop = counter.get_total_flops() / 1e9
-        found[name] = {"seconds": seconds[name], "median": median, "times faster": statistics.median(seconds[baseline]) / median,
-                       "times faster by minima": min(seconds[baseline]) / min(seconds[name]), "gflop": gflop,
-                       "share of the ceiling": gflop / median / max(best[f"matmul {kind}"], best[f"conv {kind}"])}
+        found[name] = {
+            "seconds": seconds[name],
+            "median": median,
+            "times faster": statistics.median(seconds[baseline]) / median,
+            "times faster by minima": min(seconds[baseline]) / min(seconds[name]),
+            "gflop": gflop,
+            "share of the ceiling": gflop / median / max(best[f"matmul {kind}"], best[f"conv {kind}"]),
+        }
     return found, best
 
 
@@ -139,13 +169,28 @@ def profiled(call, rows=10):
 
 def peak(args, name):
     """Peak memory (MiB) of a process that does two training steps, and what it held before them."""
-    command = [sys.executable, __file__, "--memory-of", name, *(f"--{key}={getattr(args, key)}" for key in ("threads", "batch", "window"))]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        name,
+        *(f"--{key}={getattr(args, key)}" for key in ("threads", "batch", "window")),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def report_memory(args):
     # Linux; `ru_maxrss` would count what the parent held when it started this process
-    held = lambda: int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    held = lambda: (
+        int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
     call = training_steps(args, [args.memory_of])[args.memory_of]
     before = held()
     call(), call()
@@ -155,8 +200,14 @@ def report_memory(args):
 def show(found, best):
     """Print a table."""
     for name, row in found.items():
-        print(f"{name:15s} {row['median']:7.2f} s   {row['times faster']:.2f} times faster   {row['gflop']:.0f} GFLOP, {row['share of the ceiling']:.0%} of the ceiling",
-              *(f"  {k} {row[k]:.2g}" for k in ("noise max off", "noise rms off", "share of plain's memory") if k in row))
+        print(
+            f"{name:15s} {row['median']:7.2f} s   {row['times faster']:.2f} times faster   {row['gflop']:.0f} GFLOP, {row['share of the ceiling']:.0%} of the ceiling",
+            *(
+                f"  {k} {row[k]:.2g}"
+                for k in ("noise max off", "noise rms off", "share of plain's memory")
+                if k in row
+            ),
+        )
     print("ceilings, GFLOP/s and GB/s:", {name: round(value, 1) for name, value in best.items()})
 
 
@@ -169,10 +220,16 @@ def sampling(args):
     for name, row in found.items():
         for kind, result, plain in zip(("noise", "state"), results[name], results["plain"]):
             off = result - plain
-            row |= {f"{kind} max off": off.abs().max().item(), f"{kind} rms off": off.square().mean().sqrt().item()}
+            row |= {
+                f"{kind} max off": off.abs().max().item(),
+                f"{kind} rms off": off.square().mean().sqrt().item(),
+            }
         row["profile"] = profiled(calls[name])
     show(found, best)
-    return found | {"ceilings": best, "rms of the noise and the state": [v.square().mean().sqrt().item() for v in results["plain"]]}
+    return found | {
+        "ceilings": best,
+        "rms of the noise and the state": [v.square().mean().sqrt().item() for v in results["plain"]],
+    }
 
 
 def training(args):
@@ -188,7 +245,9 @@ def training(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=221, help="of the sampling step; 221 are 3 s")
@@ -202,10 +261,28 @@ def main():
     if args.memory_of:
         return report_memory(args)
     tables = {"sampling": sampling(args), "training": training(args)}
-    cpu = next((line.split(":")[1].split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), [])
+    cpu = next(
+        (
+            line.split(":")[1].split()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("flags")
+        ),
+        [],
+    )
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "memory_of")}
-    args.out.write_text(json.dumps({"how": "python tools/bench/bench_decoder.py", "settings": settings, **tables,
-                                    "bfloat16 instructions": [f for f in cpu if "bf16" in f], "environment": environment()}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps(
+            {
+                "how": "python tools/bench/bench_decoder.py",
+                "settings": settings,
+                **tables,
+                "bfloat16 instructions": [f for f in cpu if "bf16" in f],
+                "environment": environment(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Processor seconds of this process (all its threads), which other jobs on the mac
 first call that is not counted, so that loading is not measured. `speechmos` leaves the number of threads to onnxruntime. The second part scores a
 batch on one thread, with a pool of two, and with two threads inside onnxruntime instead.
 """
+
 import argparse
 import functools
 import json
@@ -43,7 +44,9 @@ def two_threads(file):
     """A session as DNSMOS has it, but with two threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = 2, 1
-    return onnxruntime.InferenceSession(str(dnsmos.network_path(file)), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(dnsmos.network_path(file)), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def by_length(lengths, repeats):
@@ -66,7 +69,11 @@ def by_threads(repeats):
     """{score: {way: processor seconds a clip}} of a batch of clips of 3 s."""
     clips, own, found = [noise(3, seed) for seed in range(BATCH)], dnsmos.session, {}
     for score in ("p808", "ovrl"):
-        ways = {"one thread": (1, own), "pool of two": (2, own), "two threads in onnxruntime": (1, two_threads)}
+        ways = {
+            "one thread": (1, own),
+            "pool of two": (2, own),
+            "two threads in onnxruntime": (1, two_threads),
+        }
         for way, (threads, session) in ways.items():
             dnsmos.session = session
             reward = DNSMOS(score, threads=threads)
@@ -78,8 +85,16 @@ def by_threads(repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[1, 2, 4.5, 9, 10.5, 12, 16, 20, 30], help="lengths of the clips")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs="+",
+        default=[1, 2, 4.5, 9, 10.5, 12, 16, 20, 30],
+        help="lengths of the clips",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
@@ -92,9 +107,21 @@ def main():
     if args.out:
         rounded = lambda numbers: [round(number, 4) for number in numbers]
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({
-            "seconds": args.seconds, "cpu_seconds_per_clip": {name: rounded(costs) for name, costs in lengths.items()}, "batch": BATCH,
-            "threads": {score: dict(zip(ways, rounded(ways.values()))) for score, ways in threads.items()}, "environment": environment()}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(
+                {
+                    "seconds": args.seconds,
+                    "cpu_seconds_per_clip": {name: rounded(costs) for name, costs in lengths.items()},
+                    "batch": BATCH,
+                    "threads": {
+                        score: dict(zip(ways, rounded(ways.values()))) for score, ways in threads.items()
+                    },
+                    "environment": environment(),
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

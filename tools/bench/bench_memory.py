@@ -5,13 +5,14 @@ memory); on a GPU the same tensors are held. A slice is freed before the next, s
 the stored pairs of all rollouts come on top and are added up here: 2 x trained steps x samples x 4 bytes a rollout.
 Writes results/bench/memory.json. With --setting NAME: that one alone, printed as json.
 """
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from bench_episode import Config, level, texts_of
+from bench_episode import Config, level, load_all_texts
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner
@@ -31,11 +32,26 @@ SYMBOLS, HOP, RATE = 80, 300, 22050
 def peak(options):
     """Gigabytes of a process that has made one update of as many rollouts as are computed at once."""
     count = options["micro_batch"]
-    paper = LaunchConfig.of(**PRESETS["paper"] | dict(
-        corpus="packaged", batch_size=max(count, 2), rollout_steps=3, train_steps="last:1", denoising_steps=1, denoising_frames=0,
-        **options | {"micro_batch": max(count, 1)})).resolved()
-    tuner = Finetuner(paper, stand_in_base(), level, texts_of(Config(batch_size=paper.batch_size, symbols=SYMBOLS)), load_recordings(paper))
-    if count == 0: # as after a step: the moments are there, and no activations
+    paper = LaunchConfig.of(
+        **PRESETS["paper"]
+        | dict(
+            corpus="packaged",
+            batch_size=max(count, 2),
+            rollout_steps=3,
+            train_steps="last:1",
+            denoising_steps=1,
+            denoising_frames=0,
+            **options | {"micro_batch": max(count, 1)},
+        )
+    ).resolved()
+    tuner = Finetuner(
+        paper,
+        stand_in_base(),
+        level,
+        load_all_texts(Config(batch_size=paper.batch_size, symbols=SYMBOLS)),
+        load_recordings(paper),
+    )
+    if count == 0:  # as after a step: the moments are there, and no activations
         for p in tuner.parameters:
             p.grad = torch.zeros_like(p)
         tuner.optimiser.step()
@@ -47,14 +63,27 @@ def peak(options):
 def main():
     rows = {}
     for name in SETTINGS:
-        done = subprocess.run([sys.executable, __file__, "--setting", name], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--setting", name], check=True, capture_output=True, text=True
+        )
         rows[name] = json.loads(done.stdout)
         print(f"{name:32s}{rows[name]:6.2f} GB", flush=True)
     samples = SYMBOLS * 6 * HOP
     pairs = {f"{steps} trained steps": 64 * 2 * steps * samples * 4 / 1e9 for steps in (1, 10, 50, 999)}
     print("stored pairs of 64 rollouts:", {name: f"{size:.2f} GB" for name, size in pairs.items()})
     path = Path(__file__).resolve().parents[2] / "results" / "bench" / "memory.json"
-    path.write_text(json.dumps({"how": "python tools/bench/bench_memory.py", "peak_gb": rows, "pairs_gb": pairs, "environment": environment()}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {
+                "how": "python tools/bench/bench_memory.py",
+                "peak_gb": rows,
+                "pairs_gb": pairs,
+                "environment": environment(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The same episodes of the main job in one process and in two, a thread each, in turns; and the sum of a vector as long as
 the gradients of WaveGrad 2 Base's decoder over two processes. Writes results/bench/scaling.json.
 """
+
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dlpo_nb.core import environment, read_jsonl
-from dlpo_nb.distributed import add_up, join, leave, rank
+from dlpo_nb.distributed import all_reduce_sum, join, leave, rank
 from dlpo_nb.launch import stand_in_base
 
 ROUNDS, EPISODES = 3, 3
@@ -21,8 +22,23 @@ ROUNDS, EPISODES = 3, 3
 def episode(processes):
     """Metrics of the last of a few episodes."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--episodes", EPISODES, "--heldout", 0, "--threads", 1, "--nproc-per-node", processes, "--device", "cpu", "--out", Path(folder) / "run"]
-        subprocess.run([sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)], check=True, capture_output=True)
+        flags = [
+            "--episodes",
+            EPISODES,
+            "--heldout",
+            0,
+            "--threads",
+            1,
+            "--nproc-per-node",
+            processes,
+            "--device",
+            "cpu",
+            "--out",
+            Path(folder) / "run",
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)], check=True, capture_output=True
+        )
         return read_jsonl(Path(folder) / "run" / "metrics.jsonl")[-1]
 
 
@@ -32,7 +48,7 @@ def exchange(path):
 
     join("cpu")
     vector = torch.zeros(sum(p.numel() for p in stand_in_base().decoder.parameters()))
-    spent = seconds(lambda: add_up(vector), "cpu", repeats=5)
+    spent = seconds(lambda: all_reduce_sum(vector), "cpu", repeats=5)
     if rank() == 0:
         Path(path).write_text(json.dumps({"numbers": vector.numel(), "seconds": spent}))
     leave()
@@ -43,16 +59,48 @@ def main():
     for _ in range(ROUNDS):
         for processes, found in rows.items():
             found.append(episode(processes))
-    best = {n: {phase: min(row[phase] for row in found) for phase in ("seconds/rollout", "seconds/update", "seconds")} for n, found in rows.items()}
+    best = {
+        n: {
+            phase: min(row[phase] for row in found)
+            for phase in ("seconds/rollout", "seconds/update", "seconds")
+        }
+        for n, found in rows.items()
+    }
     speedup = {phase: best[1][phase] / best[2][phase] for phase in best[1]}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, f"{folder}/sum"], check=True, capture_output=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                __file__,
+                f"{folder}/sum",
+            ],
+            check=True,
+            capture_output=True,
+        )
         summed = json.loads(Path(folder, "sum").read_text())
-    print(f"two processes: {speedup['seconds']:.2f} times as fast (rollouts {speedup['seconds/rollout']:.2f}, update {speedup['seconds/update']:.2f}); "
-          f"{summed['numbers']:,} gradients are exchanged in {1000 * summed['seconds']:.0f} ms")
+    print(
+        f"two processes: {speedup['seconds']:.2f} times as fast (rollouts {speedup['seconds/rollout']:.2f}, update {speedup['seconds/update']:.2f}); "
+        f"{summed['numbers']:,} gradients are exchanged in {1000 * summed['seconds']:.0f} ms"
+    )
     path = Path(__file__).resolve().parents[2] / "results" / "bench" / "scaling.json"
-    path.write_text(json.dumps({"how": "python tools/bench/bench_scaling.py", "one process": best[1], "two to one": speedup, "exchange": summed,
-                                "environment": environment()}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {
+                "how": "python tools/bench/bench_scaling.py",
+                "one process": best[1],
+                "two to one": speedup,
+                "exchange": summed,
+                "environment": environment(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Nothing is clever here: every signal is (B, C, N), each activation is a new tensor, signals are stretched before they are convolved, and a 1x1
 convolution runs before its result is shortened. Weights are those of `dlpo_nb.wavegrad2.decoder.Decoder`, under the released keys. Base only.
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,7 +29,9 @@ class PlainDecoder(nn.Module):
             self.register_parameter(name.replace(".", "/"), nn.Parameter(value.clone()))
 
     def conv(self, name, x, dilation=1):
-        weight, bias = (getattr(self, f"{name}.conv1d.{kind}".replace(".", "/")) for kind in ("weight", "bias"))
+        weight, bias = (
+            getattr(self, f"{name}.conv1d.{kind}".replace(".", "/")) for kind in ("weight", "bias")
+        )
         return F.conv1d(x, weight, bias, padding=dilation * (weight.shape[2] - 1) // 2, dilation=dilation)
 
     def down(self, name, x, factor):
@@ -76,8 +79,15 @@ class PlainTables:
     def __init__(self, betas):
         kept = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1), kept[:-1]])
-        self.level, self.of_x, self.of_eps = kept.sqrt(), (1 / kept).sqrt(), (1 - kept).sqrt() * (1 / kept).sqrt()
-        self.of_x0, self.of_y = betas * before.sqrt() / (1 - kept), (1 - before) * (1 - betas).sqrt() / (1 - kept)
+        self.level, self.of_x, self.of_eps = (
+            kept.sqrt(),
+            (1 / kept).sqrt(),
+            (1 - kept).sqrt() * (1 / kept).sqrt(),
+        )
+        self.of_x0, self.of_y = (
+            betas * before.sqrt() / (1 - kept),
+            (1 - before) * (1 - betas).sqrt() / (1 - kept),
+        )
         self.log_variance = (betas * (1 - before) / (1 - kept)).clamp(min=1e-20).log()
 
     def step(self, decoder, y, hidden, t, z):

@@ -1,4 +1,5 @@
 """What a piece of work asks of a machine, and what the machine can do: operations, bytes, and the two ceilings."""
+
 import time
 
 import torch
@@ -32,7 +33,10 @@ def ceilings(device, dtype, size=None):
     flops = 2 * n**3 / seconds(lambda: a @ b, device, repeats=5)
     source = torch.zeros((2**28 if gpu else 2**24), device=device)
     target = torch.empty_like(source)
-    return {"flops_per_s": flops, "bytes_per_s": 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats=5)}
+    return {
+        "flops_per_s": flops,
+        "bytes_per_s": 2 * source.nbytes / seconds(lambda: target.copy_(source), device, repeats=5),
+    }
 
 
 class Bytes(TorchDispatchMode):
