@@ -1,7 +1,7 @@
 """Judge the recordings of the paper's demo page: `python tools/evaluate_demo.py FOLDER [--out results/dlpo_demo]`.
 
 FOLDER holds LJ001-0004_base.flac and so on: six texts by a human (gt) and six systems. NISQA needs its weights
-(DLPO_NISQA_WEIGHTS). The table of 50_evaluate is drawn from what is written: evaluation.json and evaluation.csv.
+(DLPO_NISQA_WEIGHTS). The table of 51_demo is drawn from what is written: evaluation.json and evaluation.csv.
 """
 
 import argparse
