@@ -26,14 +26,16 @@ def states(folder) -> list:
 
 
 def save_last(tuner, folder):
-    "Write the state after an episode, and forget all but the newest two, and what a killed process had half written."
+    """Write the state after an episode, and forget all but the newest two,
+    and what a killed process had half written."""
     save_state(tuner, Path(folder) / f"state-{tuner.next_episode:06d}.pt")
     for old in [*states(folder)[KEEP_STATES:], *Path(folder).glob(".*.tmp")]:
         old.unlink()
 
 
 def load_last(tuner, folder) -> Path | None:
-    "Go on from the newest state that can be read; None where there is none (a run stopped in its first episode). UserError where none can be read."
+    """Go on from the newest state that can be read; None where there is none (a run stopped in its first
+    episode). UserError where none can be read."""
     problems = []
     for path in states(folder):
         try:
@@ -47,7 +49,8 @@ def load_last(tuner, folder) -> Path | None:
 
 # %% ../nbs/40b_checkpoints.ipynb #3a442d83
 def heldout_reward(tuner, texts: list) -> dict:
-    "Mean reward of texts that are not trained on, from the same noise each time, and that of its parts: {reward/heldout, reward/heldout/NAME}."
+    """Mean reward of texts that are not trained on, from the same noise each time, and that of its parts:
+    {reward/heldout, reward/heldout/NAME}."""
     c, rows = tuner.config, []
     mine = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
     with ScoringQueue(tuner.reward) as queue:
@@ -60,9 +63,8 @@ def heldout_reward(tuner, texts: list) -> dict:
             rows += places
         parts, failed = queue.collect_parts()
     parts, failed = gather_rows(rows, parts), gather_rows(rows, failed)
-    kept = (
-        queue.reward.state_dict()
-    )  # what is only watched must not enter the statistics of the training rewards
+    # what is only watched must not enter the statistics of the training rewards
+    kept = queue.reward.state_dict()
     rewards = queue.reward.combine(parts, failed)
     queue.reward.load_state_dict(kept)
     means = {
@@ -85,9 +87,8 @@ def keep_best(tuner, folder, score: float, metadata: dict):
     "Keep the weights if their held-out score is among the best three so far; best.json says which they are."
     folder, episode = Path(folder), tuner.next_episode
     entry = {"episode": episode, "score": score, "file": f"best-{episode:06d}.safetensors"}
-    before = [
-        row for row in read_ranking(folder) if row["episode"] < episode
-    ]  # a resumed run may come this way again
+    # a resumed run may come this way again
+    before = [row for row in read_ranking(folder) if row["episode"] < episode]
     ranking = sorted([*before, entry], key=lambda row: (-row["score"], row["episode"]))[:KEEP_BEST]
     if entry in ranking:
         merged(tuner.model).save(

@@ -103,7 +103,8 @@ class GaussianChain(ChainSampler):
 
 # %% ../nbs/30b_gaussian_chain.ipynb #330d069f
 def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="sample"):
-    "Every slice that `objective` asks for: the chains `x` under b, which is (n, 1) and wants a gradient; D on x_0 or on data N(0, 1)."
+    """Every slice that `objective` asks for: the chains `x` under b, which is (n, 1) and wants a gradient;
+    D on x_0 or on data N(0, 1)."""
     actions, n, penalty = range(1, chain.schedule.num_steps), len(weights), None
     if "denoising" in objective.needs:
         k = torch.randint(0, chain.schedule.num_steps, (n,), generator=generator)
@@ -125,7 +126,8 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
 def chain_gradient(
     objective, chain, b: float, n: int, generator, reward, normalise=lambda r: r, b_ref=0.0, speech="sample"
 ) -> dict:
-    "Gradient of the loss for each of n samples, (n,): 'policy', 'penalty' and their sum 'total'. `reward` maps x_0 (n,) to (n,)."
+    """Gradient of the loss for each of n samples, (n,): 'policy', 'penalty' and their sum 'total'.
+    `reward` maps x_0 (n,) to (n,)."""
     x = chain.rollout(b, n, generator)
     theta = torch.full((n, 1), b, dtype=torch.float64, requires_grad=True)
     weights = objective.weights_of(reward(x[0][:, 0]), normalise)

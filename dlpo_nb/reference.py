@@ -29,7 +29,8 @@ def reference_log_prob(tuner, t, s) -> torch.Tensor:  # (B*G,)
 
 
 def log_ratios(tuner, trajectories) -> torch.Tensor:  # (batch,)
-    "k of all processes: log p_old - log p_reference of the stored actions, summed over trained steps and all numbers of the state."
+    """k of all processes: log p_old - log p_reference of the stored actions,
+    summed over trained steps and all numbers of the state."""
     ratios = []
     for t in trajectories:
         size = t.x_0_lengths if t.reduction == "mean" else 1
@@ -40,7 +41,8 @@ def log_ratios(tuner, trajectories) -> torch.Tensor:  # (batch,)
 
 
 def step_kl(tuner, t, s, eps, form="exact", reduction=None) -> torch.Tensor:  # (B*G,)
-    "Distance of policy and reference at the states of one stored step, given the policy's eps (rows of x_t, N) there."
+    """Distance of policy and reference at the states of one stored step,
+    given the policy's eps (rows of x_t, N) there."""
     x = t.x_t[s]
     with torch.no_grad():
         eps_ref = predict_noise(
@@ -53,7 +55,8 @@ def step_kl(tuner, t, s, eps, form="exact", reduction=None) -> torch.Tensor:  # 
 
 @torch.no_grad()
 def kl_to_reference(tuner, trajectories) -> float:
-    "Gaussian KL of policy to reference, per number of the state, summed over the trained steps; on the first text of the batch."
+    """Gaussian KL of policy to reference, per number of the state, summed over the trained steps;
+    on the first text of the batch."""
     steps = []
     for t in (select_text(t, t.indices.index(0)) for t in trajectories if 0 in t.indices):
         for s in range(len(t.steps)):

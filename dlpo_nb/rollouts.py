@@ -36,7 +36,8 @@ def texts_of_episode(tuner, e) -> list:
 
 
 def micro_batches(tuner, e) -> list:
-    "This process's texts of episode e as lists of (place in the batch, index of the text), similar lengths together."
+    """This process's texts of episode e as lists of (place in the batch, index of the text),
+    similar lengths together."""
     chosen = sorted(enumerate(texts_of_episode(tuner, e)), key=lambda pair: len(tuner.ids[pair[1]]))
     mine, size = shard(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
@@ -72,7 +73,8 @@ def rows_of(trajectories) -> list:
 
 
 def current_conditioning(tuner, t):
-    "Conditioning of a trajectory's texts for the update: the stored one, or a fresh one where the encoder is trained."
+    """Conditioning of a trajectory's texts for the update:
+    the stored one, or a fresh one where the encoder is trained."""
     if tuner.config.trainable == "decoder":
         return t.conditioning
     return tuner.model.condition(t.ids, t.lengths, durations=t.conditioning.durations)
@@ -93,7 +95,8 @@ def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) fl
         spoken = {r: text for t in trajectories for r, text in zip(t.rows, t.texts)}
         (text,) = [texts[row] for texts in all_gather(spoken) if row in texts]
         abort_all(
-            f"the reward of '{text}' is not finite; look at the last samples, lower --learning-rate, or mend the reward."
+            f"the reward of '{text}' is not finite; look at the last samples, lower --learning-rate, "
+            "or mend the reward."
         )
     return rewards
 

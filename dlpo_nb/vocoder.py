@@ -19,7 +19,8 @@ from .core import Registry, UserError
 # %% ../nbs/12_vocoder.ipynb #28a3af5a
 @dataclass(frozen=True)
 class MelConfig:
-    "A log-mel spectrogram with Slaney's scale and normalisation; the defaults are HiFi-GAN's (Kong et al. 2020)."
+    """A log-mel spectrogram with Slaney's scale and normalisation;
+    the defaults are HiFi-GAN's (Kong et al. 2020)."""
 
     sample_rate: int = 22050
     n_fft: int = 1024  # also the length of the periodic Hann window
@@ -70,7 +71,8 @@ class Vocoder:
     mel: MelConfig  # what it understands
 
     def __call__(self, log_mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-        "Audio (B, T * hop) in [-1, 1] of log-mels (B, bands, T) whose items have `frames` (B,); 0 past an item's end."
+        """Audio (B, T * hop) in [-1, 1] of log-mels (B, bands, T) whose items have `frames` (B,); 0 past
+        an item's end."""
         if log_mel.ndim != 3 or log_mel.shape[1] != self.mel.bands:
             raise UserError(
                 f"this vocoder understands (B, {self.mel.bands}, T), not {tuple(log_mel.shape)}; "
@@ -109,7 +111,8 @@ class GriffinLim(Vocoder):
     def invert(self, log_mel):
         mel, griffinlim = self.mel, import_torchaudio().functional.griffinlim
         amplitude = (inverse_mel_filters(mel).to(log_mel.device) @ log_mel.float().exp()).clamp(min=0)
-        # torchaudio's frames are centred on multiples of the hop, the first on sample 0, and n of them make n - 1 hops
+        # torchaudio's frames are centred on multiples of the hop, the first on sample 0,
+        # and n of them make n - 1 hops
         before = 0 if mel.centred else 1
         amplitude = F.pad(amplitude, (before, 1), mode="replicate")
         window, rows = torch.hann_window(mel.n_fft, device=amplitude.device), []

@@ -16,7 +16,8 @@ def data():
 
 @pytest.fixture(scope="session")
 def shared():
-    """Folder of the large reference material (LJSpeech, NISQA's weights, the demo recordings), where DLPO_SHARED_FOLDER names it."""
+    """Folder of the large reference material (LJSpeech, NISQA's weights, the demo recordings),
+    where DLPO_SHARED_FOLDER names it."""
     if not (folder := os.environ.get("DLPO_SHARED_FOLDER")):
         pytest.skip("DLPO_SHARED_FOLDER names no folder with the large reference material")
     if not Path(folder).is_dir():

@@ -1,6 +1,8 @@
-"""Weights and inputs from an integer hash, so that every machine gets the numbers the reference outputs were made with.
+"""Weights and inputs from an integer hash, so that every machine gets the numbers the reference outputs were
+made with.
 
-A stream is named; its numbers are splitmix64 of crc32(name) * 2**32 + index, in float64, cast to float32 last.
+A stream is named; its numbers are splitmix64 of crc32(name) * 2**32 + index, in float64,
+cast to float32 last.
 """
 
 import zlib

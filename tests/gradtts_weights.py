@@ -1,4 +1,5 @@
-"""The weights that the Grad-TTS reference outputs were made with; the hash is that of deterministic_weights."""
+"""The weights that the Grad-TTS reference outputs were made with;
+the hash is that of deterministic_weights."""
 
 import numpy as np
 import torch
@@ -6,7 +7,8 @@ from deterministic_weights import spread
 
 
 def weight_values(key, shape):
-    """float64 array for one entry of a Grad-TTS or of a HiFi-GAN generator, of mean square about 1 / fan-in."""
+    """float64 array for one entry of a Grad-TTS or of a HiFi-GAN generator,
+    of mean square about 1 / fan-in."""
     count, leaf = int(np.prod(shape)), key.rsplit(".", 1)[-1]
     fan_in, values = count // shape[0] if shape else 1, spread(key, count)
     if leaf == "weight_g":

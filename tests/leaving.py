@@ -1,4 +1,5 @@
-"""A command as torchrun runs it; fails where threads of gloo outlive its work: python leaving.py MODULE FLAGS"""
+"""A command as torchrun runs it; fails where threads of gloo outlive its work:
+python leaving.py MODULE FLAGS"""
 
 import importlib
 import os

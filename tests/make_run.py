@@ -1,4 +1,5 @@
-"""A made-up run directory, for the tests of the report and its notebook: every number and sound in it is invented."""
+"""A made-up run directory, for the tests of the report and its notebook:
+every number and sound in it is invented."""
 
 from pathlib import Path
 

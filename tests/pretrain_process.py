@@ -1,4 +1,5 @@
-"""A few pre-training steps in float64, in one process or several: python tests/pretrain_process.py SETTINGS.json"""
+"""A few pre-training steps in float64, in one process or several:
+python tests/pretrain_process.py SETTINGS.json"""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""What test_distributed runs in one process and, under torchrun, in two: gradients and updates of every method. python shared_work.py OUT"""
+"""What test_distributed runs in one process and, under torchrun, in two:
+gradients and updates of every method. python shared_work.py OUT"""
 
 import sys
 
@@ -83,9 +84,8 @@ def look(method, exact):
 if __name__ == "__main__":
     join("cpu")
     found = {(method, exact): look(method, exact) for method in OBJECTIVES.names() for exact in (True, False)}
-    found |= {
-        (method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")
-    }  # a state that is not a waveform
+    # a state that is not a waveform
+    found |= {(method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")}
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
     if rank() == 0:

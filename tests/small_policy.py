@@ -1,4 +1,5 @@
-"""Untrained policies of a few thousand numbers or of one, and the loop around them, for more than one test file."""
+"""Untrained policies of a few thousand numbers or of one, and the loop around them,
+for more than one test file."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -42,7 +43,8 @@ TINY = WaveGrad2Config(
 
 
 class Spoken(WaveGrad2):
-    """Speaks a few frames for every symbol, whatever its duration predictor says, in the precision of its weights."""
+    """Speaks a few frames for every symbol, whatever its duration predictor says,
+    in the precision of its weights."""
 
     spoken_frames = 4
 
@@ -197,7 +199,8 @@ class ConvPolicy(OwnPolicy):
 
 
 class FlawedPolicy(OwnPolicy):
-    """The Gaussian chain as the loop sees it: the best denoiser of N(0, std^2) with a constant flaw b, `hop` samples long."""
+    """The Gaussian chain as the loop sees it: the best denoiser of N(0, std^2) with a constant flaw b,
+    `hop` samples long."""
 
     def __init__(self, b=0.0, hop=2, std=0.1):
         super().__init__(hop, longest=1)

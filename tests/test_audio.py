@@ -82,7 +82,8 @@ from dlpo_nb.audio import import_torchaudio
 import_torchaudio()
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 import numpy as np
-print(WhisperFeatureExtractor()(np.zeros(16000), sampling_rate=16000, return_tensors="np").input_features.shape)
+inputs = WhisperFeatureExtractor()(np.zeros(16000), sampling_rate=16000, return_tensors="np")
+print(inputs.input_features.shape)
 """)
         == "(1, 80, 3000)"
     )
@@ -94,7 +95,10 @@ def test_a_healthy_torchaudio_is_taken_as_it_is(tmp_path):
         __init__="from . import functional\nhealthy = True",
         functional="def resample(x, a, b): return 'real'",
     )
-    code = "from dlpo_nb.audio import *; a = import_torchaudio(); print(a.healthy, resample([1], 2, 1), a is import_torchaudio())"
+    code = (
+        "from dlpo_nb.audio import *; a = import_torchaudio(); "
+        "print(a.healthy, resample([1], 2, 1), a is import_torchaudio())"
+    )
     assert python(code, tmp_path) == "True real True"
 
 
@@ -108,7 +112,8 @@ import sys
 from dlpo_nb.audio import import_torchaudio
 from dlpo_nb.core import UserError
 try: import_torchaudio()
-except UserError as error: print("pip install torchaudio" in str(error), [n for n in sys.modules if n.startswith("torchaudio")])
+except UserError as error:
+    print("pip install torchaudio" in str(error), [n for n in sys.modules if n.startswith("torchaudio")])
 """,
             tmp_path,
         )
@@ -119,7 +124,8 @@ except UserError as error: print("pip install torchaudio" in str(error), [n for 
 def test_audio_imports_without_torchaudio_and_matplotlib():
     assert (
         python(
-            "import sys, dlpo_nb.audio; print([n for n in ('torchaudio', 'matplotlib', 'IPython') if n in sys.modules])"
+            "import sys, dlpo_nb.audio; print([n for n in ('torchaudio', 'matplotlib', "
+            "'IPython') if n in sys.modules])"
         )
         == "[]"
     )
@@ -208,12 +214,15 @@ def click(place, value=1.0, n=SAMPLE_RATE):
 
 
 @pytest.mark.parametrize("sound, silent, kinds", [
-    (hum(), False, []), (hum(level=0.005), False, []), (hum(0.2), False, []), (hum(rate=48000), False, []), (hum() + 0.01, False, []),
-    (torch.zeros(SAMPLE_RATE), True, ["silence"]), (torch.zeros(5), True, ["silence"]), (torch.full((SAMPLE_RATE,), -0.5), True, ["silence", "offset"]),
-    (click(9000), True, ["silence", "click"]), (click(-1), True, ["silence", "click"]), (click(0, -0.5), True, ["silence", "click"]),
-    (hum(level=1e-4), True, ["silence"]), (hum() - 0.1, False, ["offset"]), (hum(level=0.003) + 0.01, False, ["offset"]),
-    (0.02 * hum() + click(9000), False, ["click"]), (0.02 * hum() + click(-1, -0.9), False, ["click"]), (0.01 * hum() + click(0), False, ["click"]),
-    (hum(level=2.0), False, ["clipping"]), (torch.full((100,), math.nan), True, []), (torch.zeros(0), True, []),
+    (hum(), False, []), (hum(level=0.005), False, []), (hum(0.2), False, []), (hum(rate=48000), False, []),
+    (hum() + 0.01, False, []), (hum() - 0.1, False, ["offset"]), (hum(level=0.003) + 0.01, False, ["offset"]),
+    (torch.zeros(SAMPLE_RATE), True, ["silence"]), (torch.zeros(5), True, ["silence"]),
+    (hum(level=1e-4), True, ["silence"]), (torch.full((SAMPLE_RATE,), -0.5), True, ["silence", "offset"]),
+    (click(9000), True, ["silence", "click"]), (click(-1), True, ["silence", "click"]),
+    (click(0, -0.5), True, ["silence", "click"]), (0.02 * hum() + click(9000), False, ["click"]),
+    (0.02 * hum() + click(-1, -0.9), False, ["click"]), (0.01 * hum() + click(0), False, ["click"]),
+    (hum(level=2.0), False, ["clipping"]), (torch.full((100,), math.nan), True, []),
+    (torch.zeros(0), True, []),
 ])  # fmt: skip
 def test_faults_are_named_and_voices_have_none(sound, silent, kinds):
     assert (

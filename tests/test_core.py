@@ -173,7 +173,10 @@ def test_lines_end_in_line_ends_and_nothing_else():
     assert not readers, "str.splitlines cuts at U+2028 and others, which stand inside sentences"
 
 
-HOLD = "import sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1]); print('locked', flush=True); time.sleep(600)"
+HOLD = (
+    "import sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1]); "
+    "print('locked', flush=True); time.sleep(600)"
+)
 
 
 def test_a_folder_is_one_processs_until_it_is_killed(tmp_path):
@@ -235,7 +238,8 @@ def nobody():
 
 
 def test_a_user_without_name_and_home_gets_both(monkeypatch, tmp_path):
-    """As in a container; what compiles its code into the home folder otherwise fails when it is first needed: after the last episode."""
+    """As in a container; what compiles its code into the home folder otherwise fails when it is first
+    needed: after the last episode."""
     for name in (*CACHES, "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.setenv(name, "")  # so that monkeypatch takes back what is set below
         monkeypatch.delenv(name)
@@ -303,7 +307,8 @@ def test_another_user_without_home(tmp_path):
     code = """
 import getpass, pathlib, torch
 from dlpo_nb.evaluate import aligned_log_mel_distance
-print(getpass.getuser(), pathlib.Path.home(), aligned_log_mel_distance(torch.zeros(80, 5), torch.zeros(80, 4)))
+distance = aligned_log_mel_distance(torch.zeros(80, 5), torch.zeros(80, 4))
+print(getpass.getuser(), pathlib.Path.home(), distance)
 """
     done = run(code)
     assert done.returncode == 0 and done.stdout == "user54321 / 0.0\n", done.stderr

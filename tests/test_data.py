@@ -31,9 +31,12 @@ for name, text in re.findall(r'^\\(speak "(.*?)" "(.*)"\\)$', open(script).read(
         time.sleep(60)
     with wave.open(name + ".wav", "wb") as file:
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(32000)
-        file.writeframes(b"".join(struct.pack("<h", 0 if "silent" in text else int(9000 * math.sin(i / 20))) for i in range(32000)))
+        peak = 0 if "silent" in text else 9000
+        samples = (int(peak * math.sin(i / 20)) for i in range(32000))
+        file.writeframes(b"".join(struct.pack("<h", sample) for sample in samples))
     with open(name + ".phones", "w") as file:
-        file.write("pau 0.1 0\\nhh 0.3 1\\nay 0.6 1\\npau 0.9 0\\n" + ("" if "unfinished" in text else "done\\n"))
+        end = "" if "unfinished" in text else "done\\n"
+        file.write("pau 0.1 0\\nhh 0.3 1\\nay 0.6 1\\npau 0.9 0\\n" + end)
 """
 
 
@@ -205,7 +208,10 @@ def test_bad_settings(bad, fake_festival, tmp_path, monkeypatch):
 
 
 def test_fragments():
-    text = "It was late, and (so they say) the 3 old men who lived by the river had gone home to sleep; nobody knew why"
+    text = (
+        "It was late, and (so they say) the 3 old men who lived by the river had gone home to sleep; "
+        "nobody knew why"
+    )
     pieces = fragments([text] * 2)
     assert pieces == fragments([text]) and pieces != fragments([text], seed=1)
     assert len(set(pieces)) == len(pieces)

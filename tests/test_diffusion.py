@@ -103,7 +103,8 @@ def test_float32_tables_are_the_released_models_up_to_rounding(data, name):
     )
     for key, table in tables.items():
         np.testing.assert_allclose(table, reference[f"sched_{name}_{key}"], rtol=ulps, err_msg=key)
-    # 1 - alpha_bar magnifies an ulp of alpha_bar; what float32 itself costs them, 1.3 % at step 0, is a thousand times as much
+    # 1 - alpha_bar magnifies an ulp of alpha_bar;
+    # what float32 itself costs them, 1.3 % at step 0, is a thousand times as much
     for key, table in dict(
         posterior_mean_coef1=schedule.posterior_mean_coef1, posterior_mean_coef2=schedule.posterior_mean_coef2
     ).items():

@@ -1,4 +1,5 @@
-"""Two processes are one: the same gradients, updates and log, for every method; and a run that loses a process goes on."""
+"""Two processes are one: the same gradients, updates and log, for every method;
+and a run that loses a process goes on."""
 
 import contextlib
 import json
@@ -202,7 +203,8 @@ def test_fewer_gpus_than_processes(monkeypatch):
     ids=["launch", "pretrain"],
 )
 def test_no_thread_of_gloo_is_left_behind(flags, tmp_path):
-    """One that is still letting go of a tensor when the interpreter ends aborts the process (pytorch/pytorch#190489)."""
+    """One that is still letting go of a tensor when the interpreter ends aborts the process
+    (pytorch/pytorch#190489)."""
     done = subprocess.run(
         [
             sys.executable,

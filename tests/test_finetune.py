@@ -154,7 +154,8 @@ def test_an_objective_of_ones_own(tmp_path):
 
 
 def test_a_slice_offers_the_reference_and_the_group():
-    """With these a method can be held by an estimate of the KL, or compare the rollouts of a text (k3, DPO)."""
+    """With these a method can be held by an estimate of the KL,
+    or compare the rollouts of a text (k3, DPO)."""
     seen = []
 
     @OBJECTIVES.register("watching")
@@ -230,7 +231,8 @@ def test_levels_on_the_grid():
 
 
 def test_quiet_is_learnt_and_its_control_is_not():
-    """From the first three episodes to the last three the reward rises by 2 to 3 standard deviations of a rollout (seeds 0 to 2); the control's falls."""
+    """From the first three episodes to the last three the reward rises by 2 to 3 standard deviations of a
+    rollout (seeds 0 to 2); the control's falls."""
     end, settings = {}, dict(episodes=12, batch_size=12, group_size=4, learning_rate=5e-3, beta=0.0)
     for name, control in (("true", "none"), ("control", "shuffle-advantages")):
         tuner = make_tuner(spoken(make_model(config=TINY)), control=control, **settings)
@@ -306,9 +308,8 @@ def test_bfloat16_is_close_and_on_policy():
     exact, half = (make_tuner(method="dpok", precision=kind).episode() for kind in ("float32", "bfloat16"))
     assert half["ratio/mean"] == 1.0 and half["kl"] == 0.0
     assert half["reward/mean"] != exact["reward/mean"] == pytest.approx(half["reward/mean"], rel=0.05)
-    assert half["grad_norm"] == pytest.approx(
-        exact["grad_norm"], rel=0.2
-    )  # 8 bits in each product: 1 to 2 %, by processor
+    # 8 bits in each product: 1 to 2 %, by processor
+    assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.2)
 
 
 def test_parts_of_a_reward_are_logged():
@@ -345,7 +346,8 @@ def test_scoring_overlaps_the_rollouts(monkeypatch):
 
 @pytest.mark.parametrize("method", ["dlpo", "dpok", "klinr"])
 def test_low_rank_changes_begin_at_the_reference(method):
-    """Ratio 1 and KL 0 at the start, without a second model; the base is untouched and is the reference to the end."""
+    """Ratio 1 and KL 0 at the start, without a second model;
+    the base is untouched and is the reference to the end."""
     plain, tuner = make_tuner(method=method) if method != "dlpo" else make_tuner(), None
     before = {k: v.clone() for k, v in plain.model.state_dict().items()}
     tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2)
@@ -372,6 +374,7 @@ def test_low_rank_changes_are_saved_and_resumed(tmp_path):
 
 
 def test_bfloat16_sees_the_weights_of_each_step():
-    """Autocast keeps the casted weights as long as it lasts; the second inner epoch must not compute with those of the first."""
+    """Autocast keeps the casted weights as long as it lasts;
+    the second inner epoch must not compute with those of the first."""
     metrics = make_tuner(inner_epochs=2, learning_rate=1e-2, precision="bfloat16").episode()
     assert metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0

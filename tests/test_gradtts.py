@@ -38,7 +38,8 @@ NARROW = dict(
 
 @pytest.fixture(scope="module")
 def ref(data):
-    """Outputs of the released implementation with deterministic weights; pictures are thinned to every third frame."""
+    """Outputs of the released implementation with deterministic weights;
+    pictures are thinned to every third frame."""
     return {
         key: torch.from_numpy(value) if value.dtype.kind in "fi" else value.tolist()
         for key, value in np.load(data / "gradtts_reference.npz").items()
@@ -89,7 +90,8 @@ def test_layout(data, released):
 
 
 def test_symbols(ref):
-    """The released ids, of texts with numbers, braces and accents; "a" is another word in the released dictionary."""
+    """The released ids, of texts with numbers, braces and accents;
+    "a" is another word in the released dictionary."""
     for i, text in enumerate(ref["texts"]):
         assert text_to_ids(text) == ref[f"ids_{i}"].tolist()
     for text, ids, n in zip(ref["enc_texts"], ref["enc_ids"], ref["enc_lengths"]):
@@ -171,7 +173,8 @@ def test_estimator(ref, released, name, T, t, padded):
 
 
 def test_noise_of_the_policy(ref, released):
-    """Through the level, of items of several lengths: 62 frames are padded to 64, and share a call with 64."""
+    """Through the level, of items of several lengths:
+    62 frames are padded to 64, and share a call with 64."""
     frames = torch.tensor([64, 62])
     mu, y = (torch.zeros(2, 80, 64) for _ in range(2))
     for i, (n, what) in enumerate(((64, "est64"), (62, "est62"))):
@@ -412,7 +415,8 @@ def test_own_files(tmp_path):
 
 
 class Calm(GradTTS):
-    """The released network at random weights denoises nothing: what it says is a small change of a Gaussian's exact answer."""
+    """The released network at random weights denoises nothing:
+    what it says is a small change of a Gaussian's exact answer."""
 
     def predict_noise(self, x, hidden, level, frames=None):
         variance = 0.1 * level.square() + 1 - level.square()
@@ -482,7 +486,8 @@ def test_every_method(voice, method):
 
 
 def test_aligned_losses(voice):
-    """Each part by hand, and its gradient's way: the noise never reaches mu, the durations only their own head."""
+    """Each part by hand, and its gradient's way:
+    the noise never reaches mu, the durations only their own head."""
     torch.manual_seed(0)
     ids, lengths = pad_ids(voice.encode(TEXTS[:2]))
     durations = torch.randint(1, 4, ids.shape) * (torch.arange(ids.shape[1]) < lengths[:, None])

@@ -1,14 +1,15 @@
-"""The tests of the objectives, 1 to 50: on a chain, a bandit and small policies of which every answer is known.
+"""The tests of the objectives, 1 to 50:
+on a chain, a bandit and small policies of which every answer is known.
 
 Each docstring names the numbers that it covers. Elsewhere, or not there yet:
 
-8 (log-probabilities of ddpo-pytorch: the 68 finite ones of 84 cases), 28 for the tables, 39, 40: also in test_diffusion.
-20, 32, 36, 46: also in test_finetune, at another size. 45: by command line in test_launch, there as 1 + 1 = 2 episodes.
-43 (two ranks): there is no distributed run yet. 48 (order of asynchronous rewards): rewards are scored synchronously, so
-only their order in the batch is checked here.
+8 (log-probabilities of ddpo-pytorch: the 68 finite ones of 84 cases), 28 for the tables, 39, 40: also in
+test_diffusion. 20, 32, 36, 46: also in test_finetune, at another size. 45: by command line in test_launch,
+there as 1 + 1 = 2 episodes. 43 (two ranks): there is no distributed run yet. 48 (order of asynchronous
+rewards): rewards are scored synchronously, so only their order in the batch is checked here.
 
-Where an expectation is a polynomial of the noise, a cubature makes it exact; the Monte Carlo tests beside it have a fixed
-seed and a tolerance of four standard errors of their own sample.
+Where an expectation is a polynomial of the noise, a cubature makes it exact;
+the Monte Carlo tests beside it have a fixed seed and a tolerance of four standard errors of their own sample.
 """
 
 import hashlib
@@ -85,7 +86,8 @@ def normal(*shape, seed=0):
 
 
 def agrees(sample, exact):
-    """Whether the sample's mean lies within four standard errors of the exact value; both, to be read where it does not."""
+    """Whether the sample's mean lies within four standard errors of the exact value;
+    both, to be read where it does not."""
     mean, error = float(sample.mean()), float(sample.std()) / len(sample) ** 0.5
     assert abs(mean - exact) < 4 * error, f"{mean:.6f} +- {error:.6f}, by hand {exact:.6f}"
 
@@ -98,11 +100,12 @@ def curved(x0):
     return -((x0 - 1) ** 2)
 
 
-# --- the chain -------------------------------------------------------------------------------------------------------
+# --- the chain ----------------------------------------------------------------------------------------------
 
 
 class Cubature(GaussianChain):
-    """The chain with 2d noise vectors, +-sqrt(d) along each axis: means are exact for polynomials of the noise up to the third degree."""
+    """The chain with 2d noise vectors, +-sqrt(d) along each axis:
+    means are exact for polynomials of the noise up to the third degree."""
 
     def noise(self, extra=0):
         d = self.schedule.num_steps + extra
@@ -140,7 +143,8 @@ def step_scores(chain, x, b=B):
 
 
 def test_numbers_of_the_list():
-    """1, 2, 3, 10, 13, 14, 16, 18, 22, 23, 24: the closed forms give the numbers that another program found."""
+    """1, 2, 3, 10, 13, 14, 16, 18, 22, 23, 24:
+    the closed forms give the numbers that another program found."""
     chain = GaussianChain()
     direct, score = chain.denoising_slopes(B)
     h = 1e-3
@@ -278,7 +282,7 @@ def test_the_action_is_a_number():
         torch.testing.assert_close(g, -chain.shift[t] / sigma * z, rtol=1e-9, atol=1e-9)
 
 
-# --- log-probability, ratio, divergence ------------------------------------------------------------------------------
+# --- log-probability, ratio, divergence ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -313,7 +317,8 @@ def test_score_has_mean_zero_and_the_fisher_information(schedule):
 
 
 def test_ratio_is_an_exponential():
-    """6: at the old weights the loss is -mean(A), its gradient that of the score estimator, and not zero; elsewhere it is exp."""
+    """6: at the old weights the loss is -mean(A), its gradient that of the score estimator, and not zero;
+    elsewhere it is exp."""
     log_prob, advantage = normal(20, seed=1).requires_grad_(), normal(20, seed=2)
     gradients = []
     for estimator in ("ratio", "score"):
@@ -363,7 +368,8 @@ def test_published_clip_cases(data):
 
 @pytest.mark.parametrize("clip", [1e-4, 0.2])
 def test_clipped_ratio_is_the_literal_maximum(clip):
-    """7 on a grid: both signs, inside and outside the clip, value and gradient; also with the weight split in two."""
+    """7 on a grid: both signs, inside and outside the clip, value and gradient;
+    also with the weight split in two."""
     d = (3 * clip * normal(2000, seed=1)).requires_grad_()
     old, weight = normal(2000, seed=2), normal(2000, seed=3)
     log_prob = old + d
@@ -421,7 +427,8 @@ def test_kl_is_kappa_times_the_squared_difference_and_torchs(schedule):
 
 
 def test_forms_of_the_divergence():
-    """11, the simplified forms, with a mask and both reductions; at no distance every form and its gradient are exactly 0."""
+    """11, the simplified forms, with a mask and both reductions;
+    at no distance every form and its gradient are exactly 0."""
     schedule, mask = SCHEDULES["geometric 10"], torch.arange(40) < torch.tensor([[40], [7], [23]])
     eps, ref, x_t = normal(3, 3, 40)
     d, n = (eps - ref) * mask, mask.sum(1)
@@ -452,13 +459,14 @@ def test_forms_of_the_divergence():
         kl_divergence(schedule, eps, ref, x_t, 0)
 
 
-# --- divergence from the reference: DPOK and KLinR -------------------------------------------------------------------
+# --- divergence from the reference: DPOK and KLinR ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("b", [0.0, 0.25, B])
 @each_schedule
 def test_both_brakes_are_absent_at_the_start(schedule, b):
-    """12, 15: policy = reference. The penalty and its gradient are exactly 0 for every sample, the rest is alpha x DDPO's, bit for bit."""
+    """12, 15: policy = reference. The penalty and its gradient are exactly 0 for every sample,
+    the rest is alpha x DDPO's, bit for bit."""
     chain = GaussianChain(schedule)
     ddpo = chain_gradient(get_objective("ddpo"), chain, b, 500, seeded(), identity)["total"]
     for name in ("dpok", "klinr"):
@@ -492,7 +500,8 @@ def test_gradient_of_the_brakes(schedule):
 @pytest.mark.parametrize("name", ["dpok", "klinr"])
 @each_schedule
 def test_where_the_brakes_stop(schedule, name):
-    """14: b* = b_ref + alpha s / (2 beta kappa), reached by descent on exact gradients; there the gradient is 0."""
+    """14: b* = b_ref + alpha s / (2 beta kappa), reached by descent on exact gradients;
+    there the gradient is 0."""
     chain = GaussianChain(schedule)
     for alpha, beta, b_ref in ((1.0, 1.0, 0.0), (2.0, 0.5, 0.25)):
         objective, optimum, b = (
@@ -507,7 +516,8 @@ def test_where_the_brakes_stop(schedule, name):
 
 
 def test_log_ratio_by_sampling():
-    """16, 18: E[k score] = 4.048952, E[k] = 0.607343; E[exp(-k)] = 1, and the k3 estimator is never negative."""
+    """16, 18: E[k score] = 4.048952, E[k] = 0.607343;
+    E[exp(-k)] = 1, and the k3 estimator is never negative."""
     chain, n = GaussianChain(), 200_000
     agrees(
         chain_gradient(get_objective("klinr"), chain, B, n, seeded(), identity)["penalty"],
@@ -536,7 +546,8 @@ def analytic_in_reward(chain, x):
 
 @each_schedule
 def test_the_analytic_kl_in_the_reward_is_no_brake(schedule):
-    """17, negative control; and the library has no such method: KLinR asks for the log-ratio, and only DPOK for the KL."""
+    """17, negative control; and the library has no such method:
+    KLinR asks for the log-ratio, and only DPOK for the KL."""
     exact, sampled = Cubature(schedule), GaussianChain(schedule)
     assert float(analytic_in_reward(exact, exact.rollout(B)).mean()) == pytest.approx(0, abs=1e-9)
     agrees(analytic_in_reward(sampled, sampled.rollout(B, 20_000, seeded())), 0.0)
@@ -545,11 +556,12 @@ def test_the_analytic_kl_in_the_reward_is_no_brake(schedule):
     assert [name for name in ours if "log_ratio" in get_objective(name).needs] == ["klinr"]
 
 
-# --- the denoising loss: DLPO, OnlyDL, RWR, released -----------------------------------------------------------------
+# --- the denoising loss: DLPO, OnlyDL, RWR, released --------------------------------------------------------
 
 
 def denoising_parts(schedule, b, **options):
-    """Expected gradient of DLPO's two parts on the policy's own samples, over all levels and the noise in D: (direct, score)."""
+    """Expected gradient of DLPO's two parts on the policy's own samples,
+    over all levels and the noise in D: (direct, score)."""
     chain, found = Cubature(schedule), {"direct": 0.0, "score": 0.0}
     K = schedule.num_steps
     x, noise = chain.rollout(b, extra=1), chain.noise(extra=1)[:, [K]]
@@ -659,7 +671,8 @@ def test_gradients_are_linear_in_beta(name):
 
 
 def test_limits_of_dlpo_on_the_chain():
-    """20, 21: DLPO without penalty is DDPO, DLPO without reward is OnlyDL, and that knows no reward; bit for bit."""
+    """20, 21: DLPO without penalty is DDPO, DLPO without reward is OnlyDL, and that knows no reward;
+    bit for bit."""
 
     def found(name, reward=identity, **options):
         return chain_gradient(get_objective(name, **options), GaussianChain(), B, 500, seeded(), reward)[
@@ -674,7 +687,8 @@ def test_limits_of_dlpo_on_the_chain():
 
 
 def test_reward_weighted_regression():
-    """29: equal weights are plain fine-tuning, all weight on one sample is that sample; negative rewards are refused."""
+    """29: equal weights are plain fine-tuning, all weight on one sample is that sample;
+    negative rewards are refused."""
     d = normal(6).square().requires_grad_()
     raw, softmax = get_objective("rwr", rwr_weights="raw"), get_objective("rwr", tau=0.5)
     loss = raw(Replay(raw.weights_of(torch.ones(6).double(), None), denoising=d))
@@ -714,7 +728,8 @@ def test_released_is_the_gradient_of_d():
 
 
 def test_a_constant_in_the_reward():
-    """31: normalised advantages do not see it; in raw mode each sample's gradient changes by k times its score, whose mean is 0."""
+    """31: normalised advantages do not see it;
+    in raw mode each sample's gradient changes by k times its score, whose mean is 0."""
     chain, k = GaussianChain(), 3.7
     for kind in ("batch", "group", "leave-one-out"):
         one, other = (
@@ -740,7 +755,8 @@ def test_a_constant_in_the_reward():
 
 
 def test_spacing_that_rests_on_one_step_warns():
-    """39, 40: all levels are the full schedule, bit for bit; ten even ones have nearly all of kappa, 32167 of 32174, in one step."""
+    """39, 40: all levels are the full schedule, bit for bit;
+    ten even ones have nearly all of kappa, 32167 of 32174, in one step."""
     with pytest.warns(UserWarning, match="99.98% of the KL"):
         lone = GaussianChain(FULL.respaced(10, "even"))
     kappa = lone.shift.square()[1:] / (2 * lone.schedule.posterior_variance[1:])
@@ -753,7 +769,7 @@ def test_spacing_that_rests_on_one_step_warns():
         assert (1 - schedule.betas).prod().item() == pytest.approx(FULL.alphas_cumprod[-1].item(), rel=1e-12)
 
 
-# --- the bandit ------------------------------------------------------------------------------------------------------
+# --- the bandit ---------------------------------------------------------------------------------------------
 
 SIGMA, THETA0, THETA = 0.5, 1.0, 1.8
 NODES, WEIGHTS = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(6))
@@ -775,7 +791,8 @@ def expected(values):
 
 
 def test_bandit():
-    """The bandit: gradient a + 2 b theta, variances 2 + theta^2 / sigma^2 and 2, the brakes' fixed point, and DDPO without one."""
+    """The bandit: gradient a + 2 b theta, variances 2 + theta^2 / sigma^2 and 2, the brakes' fixed point,
+    and DDPO without one."""
     ddpo, p, q = get_objective("ddpo"), 0.5, -0.7
     assert expected(bandit(ddpo, THETA, lambda x: p * x + q * x * x)) == pytest.approx(
         -(p + 2 * q * THETA), abs=1e-12
@@ -796,7 +813,7 @@ def test_bandit():
     ), "no end"
 
 
-# --- the loop, on a tiny WaveGrad 2 in float64 -----------------------------------------------------------------------
+# --- the loop, on a tiny WaveGrad 2 in float64 --------------------------------------------------------------
 
 
 def exact_model(kind=torch.float64):
@@ -877,7 +894,8 @@ def fingerprint(module):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("fork", [0, 3])
 def test_the_loop_scores_the_actions_that_were_taken(fork, reduction):
-    """5: log-probabilities are of the stored actions, one's action is the next one's state, and the last leads to the audio."""
+    """5: log-probabilities are of the stored actions, one's action is the next one's state,
+    and the last leads to the audio."""
     tuner = make("ddpo", fork=fork, reduction=reduction)
     for t in collect(tuner, 0):
         for s in range(3):
@@ -908,7 +926,8 @@ def test_the_first_ratio_is_exactly_one(method, options):
 
 
 def test_gradient_of_the_loop_is_that_of_the_equation():
-    """6: -mean(A grad log p), over the batch and summed over the steps, from either estimator; and it is not zero."""
+    """6: -mean(A grad log p), over the batch and summed over the steps, from either estimator;
+    and it is not zero."""
     tuner = make("ddpo")
     t = collect(tuner, 0)
     advantage = advantages(score_audio(tuner, t), "group", 2)
@@ -922,7 +941,8 @@ def test_gradient_of_the_loop_is_that_of_the_equation():
 
 @pytest.mark.parametrize("form", KL_FORMS)
 def test_dpok_begins_as_ddpo(form):
-    """12 in the loop: KL and its gradient exactly 0, the rest alpha x DDPO's, bit for bit; the same weights after the update."""
+    """12 in the loop: KL and its gradient exactly 0, the rest alpha x DDPO's, bit for bit;
+    the same weights after the update."""
     (dpok, stats), (ddpo, _) = (
         gathered(make("dpok", kl_form=form, alpha=2.0, beta=3.0)),
         gathered(make("ddpo")),
@@ -939,7 +959,8 @@ def test_dpok_begins_as_ddpo(form):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_klinr_begins_as_ddpo(reduction):
-    """15 in the loop: the log-ratio is 0 for every rollout; DDPO's gradient and update, bit for bit; the reward is the same."""
+    """15 in the loop: the log-ratio is 0 for every rollout; DDPO's gradient and update, bit for bit;
+    the reward is the same."""
     klinr, ddpo = make("klinr", reduction=reduction, beta=3.0), make("ddpo", reduction=reduction)
     assert torch.equal(log_ratios(klinr, collect(klinr, 0)), torch.zeros(4).double())
     assert torch.equal(total(gathered(klinr)[0]), total(gathered(ddpo)[0]))
@@ -964,7 +985,8 @@ def test_the_reference_is_frozen(method, trainable):
 
 @pytest.mark.parametrize("source", ["sample", "data"])
 def test_dlpo_without_penalty_is_ddpo(source):
-    """20 in the loop: loss, gradient and update, bit for bit; D draws nothing that the rollouts would have drawn."""
+    """20 in the loop: loss, gradient and update, bit for bit;
+    D draws nothing that the rollouts would have drawn."""
     dlpo, ddpo = make("dlpo", beta=0.0, denoising_source=source), make("ddpo")
     (one, stats), (other, plain) = gathered(dlpo), gathered(ddpo)
     assert torch.equal(total(one), total(other)) and stats["loss"] == plain["loss"]
@@ -985,7 +1007,8 @@ def test_onlydl_is_dlpo_without_reward(source):
 
 
 def test_both_parts_of_dlpo_in_the_loop():
-    """22, 23, 27: beta grad D and beta (D - mean of the group) grad log p, from the same D, to the right rollouts."""
+    """22, 23, 27: beta grad D and beta (D - mean of the group) grad log p, from the same D,
+    to the right rollouts."""
     tuner = make("dlpo", beta=0.7, denoising_steps=2)
     t = collect(tuner, 0)
     level = [[d for j, n, d, _ in denoising_losses(tuner, t, "sample", 0, 0) if j == i] for i in range(2)]
@@ -1034,7 +1057,8 @@ class Listening(ConvPolicy):
 
 
 def test_the_network_is_told_the_level_of_what_it_sees():
-    """28: sqrt(alpha_bar_t) with audio noised at the same t, for every training level; and the rollout's own levels in order."""
+    """28: sqrt(alpha_bar_t) with audio noised at the same t, for every training level;
+    and the rollout's own levels in order."""
     policy = Listening(longest=2)
     tuner = make_tuner(policy, method="dlpo")
     audio, hidden, frames = 0.1 * normal(2, 8), normal(2, 2, 2, seed=1), torch.tensor([2, 2])
@@ -1059,7 +1083,8 @@ def test_the_network_is_told_the_level_of_what_it_sees():
 
 
 def test_rwr_in_the_loop():
-    """29: rewards of 1 are OnlyDL's direct part on the same samples, bit for bit; a reward for one rollout is D of that one."""
+    """29: rewards of 1 are OnlyDL's direct part on the same samples, bit for bit;
+    a reward for one rollout is D of that one."""
     rwr, only = make("rwr", rwr_weights="raw"), make("onlydl", beta=1.0, penalty_parts="direct")
     t = collect(rwr, 0)
     plain = gathered(rwr, t, torch.ones(4).double())[0].part("policy")
@@ -1072,7 +1097,8 @@ def test_rwr_in_the_loop():
 
 
 def test_released_in_the_loop():
-    """30: whatever the rewards, the gradient is that of D on recordings, bit for bit; own speech is refused."""
+    """30: whatever the rewards, the gradient is that of D on recordings, bit for bit;
+    own speech is refused."""
     tuner = make("released", micro_batch=4)
     audio, hidden, frames, _ = recorded_batch(tuner, "guidance", 0, 0, 0)
     d = windowed_loss(tuner.model, audio, hidden, frames, tuner.levels, 3, (0, "guidance", 0, 0, 0))
@@ -1175,7 +1201,8 @@ def test_items_do_not_meet(size):
 
 
 def test_padding_counts_for_nothing():
-    """35: junk behind an item's end changes no log-probability, divergence (of any form), denoising loss or reward."""
+    """35: junk behind an item's end changes no log-probability, divergence (of any form),
+    denoising loss or reward."""
     schedule, mask = SCHEDULES["geometric 10"], torch.arange(40) < torch.tensor([[40], [25]])
     eps, ref, x_t, x_prev = normal(4, 2, 40)
     policy = ConvPolicy()
@@ -1225,7 +1252,8 @@ def test_padding_counts_for_nothing():
 
 @pytest.mark.parametrize("policy", [exact_model, ConvPolicy])
 def test_a_batch_is_its_items(policy):
-    """35, 36: log-probability, divergence, denoising loss and reward of a padded batch are those of each item alone."""
+    """35, 36: log-probability, divergence, denoising loss and reward of a padded batch are those of each
+    item alone."""
     tuner = stray(make("dpok", policy()))
 
     def looked(texts, indices):
@@ -1356,7 +1384,8 @@ def test_random_subsets_average_to_all_steps(subset, method):
 
 @pytest.mark.parametrize("kind", ["wavegrad", "flawed"])
 def test_clipped_samples_are_scored_as_they_were_made(kind):
-    """42: where the implied audio leaves [-1, 1], stored and recomputed log-probability agree to the bit, and there is no gradient."""
+    """42: where the implied audio leaves [-1, 1], stored and recomputed log-probability agree to the bit,
+    and there is no gradient."""
     model = exact_model() if kind == "wavegrad" else FlawedPolicy(0.3, hop=40)
     if kind == "wavegrad":
         with torch.no_grad():
@@ -1374,7 +1403,8 @@ def test_clipped_samples_are_scored_as_they_were_made(kind):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_are_one_batch(method):
-    """44: texts of unequal length a pair at a time, in pairs of texts, and all at once: the same gradients and statistics."""
+    """44: texts of unequal length a pair at a time, in pairs of texts, and all at once:
+    the same gradients and statistics."""
     found = []
     for size in (2, 4, 6):
         tuner = stray(make(method, batch_size=6, micro_batch=size, denoising_steps=2))
@@ -1385,16 +1415,16 @@ def test_micro_batches_are_one_batch(method):
         found.append(gathered(tuner, trajectories, normal(6).abs()))
     for gradients, stats in found[1:]:
         assert gradients.parts.keys() == found[0][0].parts.keys()
-        for part in (
-            ("penalty",) if method == "onlydl" else gradients.parts
-        ):  # its other part is 0 times the reward
+        # its other part is 0 times the reward
+        for part in ("penalty",) if method == "onlydl" else gradients.parts:
             close(found[0][0].part(part), gradients.part(part), 1e-10)
         assert stats == pytest.approx(found[0][1], rel=1e-10)
 
 
 @pytest.mark.parametrize("method", ["dlpo", "klinr"])
 def test_two_and_two_episodes_are_four(method, tmp_path):
-    """45: weights, moments, running buffer and episode survive a file; texts come again, so that the buffer matters."""
+    """45: weights, moments, running buffer and episode survive a file;
+    texts come again, so that the buffer matters."""
 
     def fresh():
         return make(
@@ -1437,7 +1467,8 @@ def test_a_seed_is_a_run(method):
 
 @pytest.mark.parametrize("trainable", ["decoder", "all"])
 def test_no_dropout_in_the_loop(trainable):
-    """47: the model has dropout, but two recomputations are the same bits, also if it came in training mode."""
+    """47: the model has dropout, but two recomputations are the same bits,
+    also if it came in training mode."""
     model = exact_model().train()
     assert TINY.dropout > 0
     tuner = make("ddpo", model, trainable=trainable)
@@ -1451,7 +1482,8 @@ def test_no_dropout_in_the_loop(trainable):
 
 
 def test_rewards_stay_with_their_rollouts():
-    """48, as far as it applies: the reward of each utterance is that of its text, in the order of the trajectories."""
+    """48, as far as it applies: the reward of each utterance is that of its text,
+    in the order of the trajectories."""
     tuner = make("ddpo", batch_size=6, advantage="raw")
     tuner.reward = lambda audio, lengths, rate, texts: torch.tensor(
         [10.0 * TEXTS.index(text) + m for m, text in enumerate(texts)]
@@ -1467,12 +1499,13 @@ def test_rewards_stay_with_their_rollouts():
     assert torch.equal(make_advantages(tuner, rewards, 0), rewards)
 
 
-# --- the loop on the chain -------------------------------------------------------------------------------------------
+# --- the loop on the chain ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cubature(monkeypatch):
-    """Rollouts whose members are the 2d points of the cubature, d samples and steps: the loop's gradient is then the expected one."""
+    """Rollouts whose members are the 2d points of the cubature, d samples and steps:
+    the loop's gradient is then the expected one."""
 
     def step_noise(key, indices, sizes, group_size, step, fork, device):
         d, L = group_size // 2, sizes[0]
@@ -1523,7 +1556,8 @@ def flawed_slope(tuner):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("L", [1, 3])
 def test_the_loop_on_the_chain(cubature, L, reduction, spacing):
-    """1, 13, 16, 18 in the loop with L samples: slope and 2 b kappa; with means, E[k grad mean log p] is the gradient of the KL a sample."""
+    """1, 13, 16, 18 in the loop with L samples: slope and 2 b kappa;
+    with means, E[k grad mean log p] is the gradient of the KL a sample."""
     b, share = 0.02, 1 if reduction == "sum" else L
     for method in ("ddpo", "dpok", "klinr"):
         tuner = flawed(
@@ -1543,7 +1577,8 @@ def test_the_loop_on_the_chain(cubature, L, reduction, spacing):
 
 @pytest.mark.parametrize("method", ["dpok", "klinr"])
 def test_where_the_loop_stops(cubature, method):
-    """14 in the loop: descent on its gradients ends at b_ref + alpha s / (2 beta kappa L), where the gradient is 0."""
+    """14 in the loop: descent on its gradients ends at b_ref + alpha s / (2 beta kappa L),
+    where the gradient is 0."""
     tuner = flawed(method, b=0.0, alpha=0.5, beta=2.0, b_ref=0.01)
     kappa = GaussianChain(tuner.schedule).kappa
     for _ in range(10):
@@ -1559,7 +1594,8 @@ def test_where_the_loop_stops(cubature, method):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("trainable", ["decoder", "all"])
 def test_log_ratios_are_sums_over_the_samples(reduction, trainable):
-    """16, 18: k is the sum over steps and samples, whatever the reduction, the reference seeing with its own encoder."""
+    """16, 18: k is the sum over steps and samples, whatever the reduction,
+    the reference seeing with its own encoder."""
     tuner = stray(make("klinr", reduction=reduction, trainable=trainable))
     trajectories, exact = collect(tuner, 0), []
     for t in trajectories:
@@ -1592,13 +1628,14 @@ def test_klinr_on_random_subsets(cubature):
 
 @pytest.mark.parametrize("kind", ["batch", "group", "raw", "leave-one-out"])
 def test_the_penalty_is_freed_of_the_rewards_mean(kind):
-    """4: up to the division by the standard deviation, a penalty inside the reward has the baseline that a reward has."""
+    """4: up to the division by the standard deviation, a penalty inside the reward has the baseline that a
+    reward has."""
     tuner, values = make("klinr", advantage=kind), torch.tensor([0.5, -1.0, 2.0, 0.25]).double()
     ours, theirs = tuner.objective.centre_penalty(values, 2), advantages(values, kind, 2)
     close(ours, theirs * (ours.square().mean().sqrt() if kind in ("batch", "group") else 1), 1e-7)
 
 
-# --- end to end ------------------------------------------------------------------------------------------------------
+# --- end to end ---------------------------------------------------------------------------------------------
 
 FOUR = ["Go home.", "The door is open.", "Rain.", "We saw it."]
 
@@ -1627,7 +1664,8 @@ def trained(method, reward, updates, **options):
 
 @cache
 def quietened(method):
-    """Rise of the reward -mean(x0^2) over 50 updates in standard deviations of one rollout's, and how far the policy has gone."""
+    """Rise of the reward -mean(x0^2) over 50 updates in standard deviations of one rollout's,
+    and how far the policy has gone."""
     metrics, tuner = trained(method, quiet, 50, **BRAKES[method])
     first, last = (sum(row["reward/mean"] for row in rows) / 5 for rows in (metrics[:5], metrics[-5:]))
     gone = drift(tuner, FOUR)
@@ -1646,7 +1684,8 @@ def test_ddpo_learns_and_drifts():
 
 @pytest.mark.parametrize("method", ["dpok", "klinr", "dlpo"])
 def test_a_strong_brake_holds(method):
-    """49: with a large beta KL methods stay at the reward of the base, and DLPO at its denoising loss, where DDPO does not."""
+    """49: with a large beta KL methods stay at the reward of the base, and DLPO at its denoising loss,
+    where DDPO does not."""
     (rise, kl, d), (far, free_kl, free_d) = quietened(method), quietened("ddpo")
     assert abs(rise) < 0.5 < far and abs(d - 1) < 0.05 < free_d - 1
     assert kl < (0.1 if method == "dlpo" else 0.01) * free_kl
@@ -1654,7 +1693,8 @@ def test_a_strong_brake_holds(method):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_reward_can_be_hacked(sign):
-    """50: the reward of a constant offset drives |x0| up where nothing holds, and less where something does."""
+    """50: the reward of a constant offset drives |x0| up where nothing holds,
+    and less where something does."""
 
     def loud(audio, *rest):
         return 3 * sign * audio.mean(1)

@@ -1,4 +1,5 @@
-"""What a policy promises, kept by the two that are tested on everything: WaveGrad 2 and a voice whose state is a spectrogram."""
+"""What a policy promises, kept by the two that are tested on everything:
+WaveGrad 2 and a voice whose state is a spectrogram."""
 
 import json
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_what_is_promised(voice):
 
 
 def test_a_batch_is_its_items_alone(voice):
-    """State, sound and log-probability, from one key each; `select_text` is what the text alone would have been."""
+    """State, sound and log-probability, from one key each;
+    `select_text` is what the text alone would have been."""
     _, together = make_rollout(voice, group_size=2, fork=3)
     for i, text in enumerate(TEXTS):
         schedule, alone = make_rollout(voice, [text], indices=[i], group_size=2, fork=3)
@@ -83,7 +85,8 @@ def test_a_batch_is_its_items_alone(voice):
 
 @pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_every_method_tunes_every_voice(voice, method):
-    """The first ratio is 1, the reference does not move, and what is tuned does; its sound and its state are two things."""
+    """The first ratio is 1, the reference does not move, and what is tuned does;
+    its sound and its state are two things."""
     tuner = tuner_of(voice, method)
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
@@ -141,7 +144,8 @@ def test_resumed_is_uninterrupted(voice, tmp_path):
 
 
 def test_files(voice, tmp_path):
-    """What is saved is read again, by its kind; another kind is refused where it is not wanted, an unknown one named."""
+    """What is saved is read again, by its kind;
+    another kind is refused where it is not wanted, an unknown one named."""
     path = tmp_path / "voice.safetensors"
     if isinstance(voice, ToyMel):
         voice.save(path, {"steps": 3})

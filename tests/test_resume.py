@@ -1,4 +1,5 @@
-"""Killed at any moment and resumed, a run ends as if nothing had happened: the same bits in every file, and each episode once in the log."""
+"""Killed at any moment and resumed, a run ends as if nothing had happened:
+the same bits in every file, and each episode once in the log."""
 
 import json
 import multiprocessing
@@ -49,7 +50,8 @@ def settings(out):
 
 
 def run(out, replacements=None):
-    """A whole run into `out`, or the rest of one; with `replacements` it kills itself when so many files are about to be moved into place."""
+    """A whole run into `out`, or the rest of one; with `replacements` it kills itself when so many files
+    are about to be moved into place."""
     torch.set_num_threads(1)
     config, move = settings(out), os.replace
 
@@ -82,7 +84,8 @@ def left_behind(out):
 
 
 def read(path):
-    """Every number in a file, as something that can be compared; the order of a .safetensors' notes is drawn by lot."""
+    """Every number in a file, as something that can be compared;
+    the order of a .safetensors' notes is drawn by lot."""
     if path.suffix == ".safetensors":
         tensors, notes = read_safetensors(path)
         return notes, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
@@ -99,7 +102,8 @@ def whole(tmp_path_factory):
 
 
 def test_killed_at_random(whole, tmp_path):
-    """Again and again, in rollouts, scoring, updates and writing, until it has been killed at least ten times."""
+    """Again and again, in rollouts, scoring, updates and writing,
+    until it has been killed at least ten times."""
     (rows, files), duration = whole
     assert [row["episode"] for row in rows] == list(range(EPISODES)) and sum(
         "reward/heldout" in row for row in rows

@@ -1,4 +1,5 @@
-"""Notebooks and modules say the same, notebooks are clean and small, and the README keeps its promise of two commands."""
+"""Notebooks and modules say the same, notebooks are clean and small,
+and the README keeps its promise of two commands."""
 
 import ast
 import json
@@ -186,7 +187,8 @@ def test_no_control_characters():
 
 
 def test_cells_run_from_any_working_directory():
-    """Files of the checkout are named by `checkout`, never by the way from the notebook's own folder; nothing lies beside it."""
+    """Files of the checkout are named by `checkout`, never by the way from the notebook's own folder;
+    nothing lies beside it."""
     bad = [
         f"{place}: {match[0]}"
         for place, source in sources("code")

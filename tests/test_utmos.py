@@ -1,4 +1,5 @@
-"""UTMOS: the reference's scores, batches that change nothing, both kinds of weight files, and files that are something else."""
+"""UTMOS: the reference's scores, batches that change nothing, both kinds of weight files,
+and files that are something else."""
 
 import os
 import pickle
@@ -17,11 +18,11 @@ from dlpo_nb.rewards.utmos import UTMOS, WEIGHTS_NAME, equal_lengths, find_utmos
 
 CASES = {"a_0p5s_16k": ["a"], "b_1p7s_22k": ["b"], "c_3s_16k": ["c"], "d_batch2_1s_22k": ["d0", "d1"]}
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-# a mean opinion score of 1 to 5 after a hundred layers: float32 has 7 digits, and sums are added in any order; bfloat16 has 3
+# a mean opinion score of 1 to 5 after a hundred layers:
+# float32 has 7 digits, and sums are added in any order; bfloat16 has 3
 ROUNDING = 1e-4
-SMALL = {
-    name: torch.zeros(1).expand(shape) for name, shape in utmos_weights.shapes().items()
-}  # right names and shapes, hardly any bytes
+# right names and shapes, hardly any bytes
+SMALL = {name: torch.zeros(1).expand(shape) for name, shape in utmos_weights.shapes().items()}
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,9 @@ NARROW = WaveGrad2Config(
     down=(8, 8, 16, 24),
 )
 LARGE = dict(double_blocks=True, up_dilations=((1, 2, 4, 8),) * 5)
-# The level's angle goes up to 5000 radians, where float32 numbers are 5e-4 apart: a power function that rounds otherwise moves its sine
-# by 1e-3, and with it the decoder's output (up to 1.7) by 1e-4, the losses by 1e-5, norms of gradients by 1e-4. Ten times that is allowed.
+# The level's angle goes up to 5000 radians, where float32 numbers are 5e-4 apart: a power function that
+# rounds otherwise moves its sine by 1e-3, and with it the decoder's output (up to 1.7) by 1e-4, the losses by
+# 1e-5, norms of gradients by 1e-4. Ten times that is allowed.
 ENCODER, LEVEL, DECODER, SAMPLES, LOSS, GRADIENT = 3e-5, 1e-2, 1e-3, 1e-3, 1e-4, 1e-3
 
 
@@ -286,7 +287,8 @@ def test_text_to_audio(base, ref):
 
 
 def training_case(model, ref, size, starts):
-    """Audio and hidden windows (B, 300 * size), (B, C, size), and the conditioning, as the released trainer cuts them."""
+    """Audio and hidden windows (B, 300 * size), (B, C, size), and the conditioning,
+    as the released trainer cuts them."""
     lengths = ref["output_lengths"]
     extra = integers(2, "ref/wavextra", 1, 300)
     waves = [

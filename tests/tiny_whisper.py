@@ -1,4 +1,5 @@
-"""A Whisper of random weights and one-byte tokens, made offline: it hears nonsense, but always the same nonsense."""
+"""A Whisper of random weights and one-byte tokens, made offline:
+it hears nonsense, but always the same nonsense."""
 
 import torch
 
@@ -34,9 +35,11 @@ def save_tiny_whisper(folder, seconds=30, multilingual=True, seed=0):
     end, start, english, transcribe, translate, plain = (ids[token] for token in SPECIAL)
     torch.manual_seed(seed)
     model = WhisperForConditionalGeneration(WhisperConfig(
-        vocab_size=len(ids), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=50 * seconds, max_target_positions=32, pad_token_id=end,
-        bos_token_id=end, eos_token_id=end, decoder_start_token_id=start, suppress_tokens=None, begin_suppress_tokens=None, init_std=1.0,
+        vocab_size=len(ids), d_model=16, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        max_source_positions=50 * seconds, max_target_positions=32, pad_token_id=end, bos_token_id=end,
+        eos_token_id=end, decoder_start_token_id=start, suppress_tokens=None, begin_suppress_tokens=None,
+        init_std=1.0,
     ))  # fmt: skip
     settings = model.generation_config
     settings._from_model_config = False  # else loading forgets what follows

@@ -20,7 +20,8 @@ class ToyMelConfig:
 
 @POLICIES.register("toy_mel")
 class ToyMel(Policy):
-    "A voice of a few sine waves; the state of a frame is their log-amplitudes, minus the means that the text asks for."
+    """A voice of a few sine waves; the state of a frame is their log-amplitudes,
+    minus the means that the text asks for."""
 
     kind, Config, sample_rate = "toy_mel", ToyMelConfig, 16000
 
@@ -29,10 +30,8 @@ class ToyMel(Policy):
         self.width, self.frame_rate = config.bands, self.sample_rate / config.hop
         turns = torch.arange(config.hop) / config.hop * torch.arange(1, config.bands + 1)[:, None]
         self.register_buffer("waves", (2 * math.pi * turns).sin())  # (bands, hop), orthogonal
-        self.encoder, self.pace = (
-            nn.Embedding(151, config.bands),
-            nn.Parameter(torch.tensor(0.04)),
-        )  # seconds per symbol
+        # seconds per symbol
+        self.encoder, self.pace = (nn.Embedding(151, config.bands), nn.Parameter(torch.tensor(0.04)))
         self.decoder = nn.Conv1d(2 * config.bands, config.bands, 3, padding=1)
 
     def encode(self, texts):

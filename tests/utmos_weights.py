@@ -1,7 +1,8 @@
-"""Weights and waveforms by formula, for which the scores in data/utmos_reference.npz were computed: sines of quadratic phases.
+"""Weights and waveforms by formula, for which the scores in data/utmos_reference.npz were computed:
+sines of quadratic phases.
 
-The released network cannot be kept here (411 MB); a network filled like this takes part in every operation with
-numbers that every machine can make again. Its scores mean nothing.
+The released network cannot be kept here (411 MB); a network filled like this takes part in every operation
+with numbers that every machine can make again. Its scores mean nothing.
 """
 
 import json
@@ -51,7 +52,8 @@ def weights():
 
 
 def waveform(name, count, rate):
-    """float64 tensor (count,) in about [-0.5, 0.5]: twelve gliding partials under an envelope, and a little noise."""
+    """float64 tensor (count,) in about [-0.5, 0.5]:
+    twelve gliding partials under an envelope, and a little noise."""
     seed, time = zlib.crc32(name.encode()), np.arange(count, dtype=np.float64) / rate
     pitch = 90.0 + (seed & 0xFF)
     phase = 2 * np.pi * pitch * time + 3.0 * np.sin(2 * np.pi * 5.0 * time + (seed >> 8 & 0xFF) / 40)

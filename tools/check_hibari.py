@@ -1,7 +1,8 @@
-"""Another aligner's opinion of hibari's durations: `python tools/check_hibari.py` (200 packaged train texts, 2 minutes).
+"""Another aligner's opinion of hibari's durations: `python tools/check_hibari.py` (200 packaged train texts,
+2 minutes).
 
-Compares the starts of phones with those that pocketsphinx finds in the same sound, as made and with each of the
-decisions of 03c_hibari undone, and writes results/hibari/alignment.json.
+Compares the starts of phones with those that pocketsphinx finds in the same sound,
+as made and with each of the decisions of 03c_hibari undone, and writes results/hibari/alignment.json.
 """
 
 import json
@@ -58,7 +59,8 @@ def kind_of(phone):
 
 
 def compare(said, step, aligner, text):
-    """(differences in ms, their kinds, share of pocketsphinx's phones that are the same), the first phone left out."""
+    """(differences in ms, their kinds, share of pocketsphinx's phones that are the same),
+    the first phone left out."""
     audio, _ = hibari.to_frames(said, 22050)
     peak = np.abs(audio).max()
     theirs = aligner(np.round(audio / peak * 32767).astype(np.int16), text)

@@ -1,16 +1,19 @@
-"""How often each text normaliser reads written English as expected: ours, and NeMo, WeText, gruut where installed.
+"""How often each text normaliser reads written English as expected:
+ours, and NeMo, WeText, gruut where installed.
 
-    python tools/compare_normalisers.py [--out results/text/normalisers.json] [--ljspeech FOLDER] [--nemo-cases FOLDER]
+    python tools/compare_normalisers.py [--out results/text/normalisers.json] [--ljspeech FOLDER]
+    [--nemo-cases FOLDER]
         [--before RECORD]
 
-Our own sentences: tests/data/written_english.tsv (class, text, expected words), which our rules were mended with,
-written_english_fresh.tsv, which was written before the rules of today, and written_english_unseen.tsv, written after them and never used
-to mend one (several readings may be right, " | " between them).
-Texts of LJSpeech whose normalised field differs from the raw one (--ljspeech: the folder of metadata.csv). The test cases of NeMo text
-processing (--nemo-cases: its folder tests/nemo_text_processing/en/data_text_normalization), which are at home there.
---before: the record of an earlier version, whose own counts are kept as "before". Punctuation, hyphens, case and spaces are not compared,
-nor "and", nor "o" against "oh", nor "negative" against "minus". gruut was run in an environment of its own and
-its counts joined; "before" is commit 8589c80.
+Our own sentences: tests/data/written_english.tsv (class, text, expected words), which our rules were mended
+with, written_english_fresh.tsv, which was written before the rules of today, and written_english_unseen.tsv,
+written after them and never used to mend one (several readings may be right, " | " between them). Texts of
+LJSpeech whose normalised field differs from the raw one (--ljspeech: the folder of metadata.csv). The test
+cases of NeMo text processing (--nemo-cases: its folder
+tests/nemo_text_processing/en/data_text_normalization), which are at home there. --before: the record of an
+earlier version, whose own counts are kept as "before". Punctuation, hyphens, case and spaces are not
+compared, nor "and", nor "o" against "oh", nor "negative" against "minus". gruut was run in an environment of
+its own and its counts joined; "before" is commit 8589c80.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""Judge the recordings of the paper's demo page: `python tools/evaluate_demo.py FOLDER [--out results/dlpo_demo]`.
+"""Judge the recordings of the paper's demo page:
+`python tools/evaluate_demo.py FOLDER [--out results/dlpo_demo]`.
 
-FOLDER holds LJ001-0004_base.flac and so on: six texts by a human (gt) and six systems. NISQA needs its weights
-(DLPO_NISQA_WEIGHTS). The table of 51_demo is drawn from what is written: evaluation.json and evaluation.csv.
+FOLDER holds LJ001-0004_base.flac and so on: six texts by a human (gt) and six systems. NISQA needs its
+weights (DLPO_NISQA_WEIGHTS). The table of 51_demo is drawn from what is written: evaluation.json and
+evaluation.csv.
 """
 
 import argparse
@@ -18,9 +20,12 @@ SYSTEMS = ("base", "dlpo", "dpok", "klinr", "rwr", "ddpo", "gt")
 TEXTS = {  # LJSpeech, public domain
     "LJ001-0004": "produced the block books, which were the immediate predecessors of the true printed book,",
     "LJ001-0079": "Caslon's type is clear and neat, and fairly well designed;",
-    "LJ001-0100": "and these somewhat wiry letters are suitable for the machine process, which would not do justice to letters of more generous design.",
-    "LJ001-0105": "America has produced a good many showy books, the typography, paper, and illustrations of which are, however, all wrong,",
-    "LJ001-0108": "it is obvious that legibility is the first thing to be aimed at in the forms of the letters;",
+    "LJ001-0100": "and these somewhat wiry letters are suitable for the machine process, "
+    "which would not do justice to letters of more generous design.",
+    "LJ001-0105": "America has produced a good many showy books, the typography, paper, "
+    "and illustrations of which are, however, all wrong,",
+    "LJ001-0108": "it is obvious that legibility is the first thing to be aimed at "
+    "in the forms of the letters;",
     "LJ001-0119": "and the elegance and legibility of the ancient more striking than in the Arabic numerals.",
 }
 

@@ -1,11 +1,13 @@
 """Quality against sampling steps, the study of nbs/experiments/72: `python tools/few_steps.py`.
 
-The packaged base speaks held-out texts from the same start noise with every schedule: trailing, even, geometric, the released
-model's eight hand-picked steps, and schedules of 6 and 10 steps searched as in WaveGrad (Chen et al. 2021), on other texts than those of
-the study. A search moves one noise level at a time and keeps what brings the log-mel closer to the speaker's own reading:
-that is the measure of the paper's search, and neither p808, the reward, nor NISQA, its judge, is spent on it.
-Few texts for long schedules: 16 up to 50 steps, 8 for 100, 4 for 1000 (which all spacings but the geometric share).
-Writes results/few_steps/search.json and study.json, what is there already is not done again, and docs/audio/few_steps/*.mp3.
+The packaged base speaks held-out texts from the same start noise with every schedule: trailing, even,
+geometric, the released model's eight hand-picked steps, and schedules of 6 and 10 steps searched as in
+WaveGrad (Chen et al. 2021), on other texts than those of the study. A search moves one noise level at a time
+and keeps what brings the log-mel closer to the speaker's own reading: that is the measure of the paper's
+search, and neither p808, the reward, nor NISQA, its judge, is spent on it. Few texts for long schedules: 16
+up to 50 steps, 8 for 100, 4 for 1000 (which all spacings but the geometric share). Writes
+results/few_steps/search.json and study.json, what is there already is not done again, and
+docs/audio/few_steps/*.mp3.
 """
 
 import argparse
@@ -55,10 +57,12 @@ def from_ratios(ratios):
 
 
 def search(score, start, factors=(3.0, 1.7), gap=1.05):
-    """Coordinate search over rising `start` (n,): one entry at a time times or over a factor, kept where `score` falls.
+    """Coordinate search over rising `start` (n,): one entry at a time times or over a factor, kept where
+    `score` falls.
 
-    One sweep a factor, from the smallest entry; the last one, where sampling starts, stays. `gap` is the least ratio of neighbours.
-    Returns best entries, their score, and every (entries, score) that was asked for."""
+    One sweep a factor, from the smallest entry; the last one, where sampling starts, stays. `gap` is the
+    least ratio of neighbours. Returns best entries, their score, and every (entries, score) that was asked
+    for."""
     best, tried = list(start), []
     lowest = score(best)
     tried.append((best, lowest))
@@ -138,7 +142,8 @@ def search_schedule(model, steps, seed, judges):
 
 
 def speak(model, schedule, texts, seed, judges, bar):
-    "One schedule of the study: its levels, seconds of CPU a second of audio, and the scores of each text; and the audio."
+    """One schedule of the study: its levels, seconds of CPU a second of audio,
+    and the scores of each text; and the audio."""
     start = time.process_time()
     audio = synthesise_all(
         model, texts, schedule, seed, on_audio=lambda i, sound: bar.update(schedule.num_steps)
@@ -170,7 +175,8 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.texts <= SEARCH_TEXTS.start:
         raise UserError(
-            f"--texts {args.texts} must be 1 to {SEARCH_TEXTS.start}: the texts after those are for the search"
+            f"--texts {args.texts} must be 1 to {SEARCH_TEXTS.start}: "
+            "the texts after those are for the search"
         )
     model, judges = load_wavegrad2(asset("tiny_base.safetensors")), {"p808": get_reward("dnsmos")}
     if weights := find_nisqa_weights():
@@ -180,9 +186,8 @@ def main():
         if f"searched {steps}" in args.schedules and str(steps) not in found:
             found[str(steps)] = search_schedule(model, steps, args.seed, judges)
             write(args.out / "search.json", found)
-    synthesise_all(
-        model, prompts("heldout")[:1], FULL.respaced(2), args.seed
-    )  # the first call is slow, and is not timed
+    # the first call is slow, and is not timed
+    synthesise_all(model, prompts("heldout")[:1], FULL.respaced(2), args.seed)
     rows = study.setdefault("schedules", {})
     todo = {name: named_schedule(name, found) for name in args.schedules if name not in rows}
     count = {name: texts_for(s.num_steps, args.texts) for name, s in todo.items()}

@@ -1,7 +1,9 @@
-"""Signal and noise of the policy gradient on the packaged base, step by step: `python tools/gradient_signal.py`.
+"""Signal and noise of the policy gradient on the packaged base, step by step:
+`python tools/gradient_signal.py`.
 
-Short train prompts x 8 rollouts, DNSMOS p808 as reward. All nine actions of the 10-step chain, the rollouts of a text forked
-at the noisiest one (they share only x_T); see nbs/32_ddpo and nbs/40_finetune. Writes results/tiny_base/gradient_signal.json.
+Short train prompts x 8 rollouts, DNSMOS p808 as reward. All nine actions of the 10-step chain, the rollouts
+of a text forked at the noisiest one (they share only x_T); see nbs/32_ddpo and nbs/40_finetune. Writes
+results/tiny_base/gradient_signal.json.
 """
 
 import argparse

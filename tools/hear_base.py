@@ -1,7 +1,9 @@
-"""How much of a base a recogniser understands: `python tools/hear_base.py CORPUS [CHECKPOINT]` (without one: the packaged base).
+"""How much of a base a recogniser understands: `python tools/hear_base.py CORPUS [CHECKPOINT]` (without one:
+the packaged base).
 
-CORPUS is the speaker's own reading of the held-out prompts, see tools/make_speaker_reference.py. Pooled word error rate of
-pocketsphinx, an old recogniser that can only show a collapse, on held-out prompts 65 to 88 (the longer ones), 25 steps, seed 0.
+CORPUS is the speaker's own reading of the held-out prompts, see tools/make_speaker_reference.py. Pooled word
+error rate of pocketsphinx, an old recogniser that can only show a collapse, on held-out prompts 65 to 88 (the
+longer ones), 25 steps, seed 0.
 """
 
 import sys

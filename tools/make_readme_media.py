@@ -1,7 +1,8 @@
-"""The README's sounds and curve: `python tools/make_readme_media.py [INDEX]`, after tools/run_tiny_experiment.py.
+"""The README's sounds and curve: `python tools/make_readme_media.py [INDEX]`, after
+tools/run_tiny_experiment.py.
 
-Writes docs/audio/base.mp3, tuned.mp3 and control.mp3 (held-out text INDEX, seed 0, the same noise), a picture of their
-spectrograms and the reward curves of all runs of results/tiny_dlpo/.
+Writes docs/audio/base.mp3, tuned.mp3 and control.mp3 (held-out text INDEX, seed 0, the same noise),
+a picture of their spectrograms and the reward curves of all runs of results/tiny_dlpo/.
 """
 
 import sys

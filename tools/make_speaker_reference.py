@@ -1,8 +1,9 @@
 """The speaker's own reading of the standard held-out texts: `python tools/make_speaker_reference.py CORPUS`.
 
-CORPUS is made from them by `python -m dlpo_nb.data --texts dlpo_nb/assets/prompts_heldout.txt --out CORPUS` (needs festival).
-Writes their log-mel spectrograms, 8 bits a value, to dlpo_nb/assets/heldout_speaker.npz, so that an evaluation can
-measure the distance to the speaker anywhere; prints the speaker's own DNSMOS (and NISQA, where its weights are found).
+CORPUS is made from them by `python -m dlpo_nb.data --texts dlpo_nb/assets/prompts_heldout.txt --out CORPUS`
+(needs festival). Writes their log-mel spectrograms, 8 bits a value, to dlpo_nb/assets/heldout_speaker.npz, so
+that an evaluation can measure the distance to the speaker anywhere; prints the speaker's own DNSMOS (and
+NISQA, where its weights are found).
 """
 
 import sys
@@ -42,7 +43,8 @@ def main():
     rows = measure(audio, texts, judges)
     print({name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0] if name != "text"})
     print(
-        f"{path.name}: {path.stat().st_size / 1000:.0f} kB, lowest log10 mel {min(m.min() for m in mels):.2f}, highest {max(m.max() for m in mels):.2f}"
+        f"{path.name}: {path.stat().st_size / 1000:.0f} kB, lowest log10 mel "
+        f"{min(m.min() for m in mels):.2f}, highest {max(m.max() for m in mels):.2f}"
     )
 
 

@@ -1,7 +1,8 @@
-"""Break the mathematics on purpose, one place at a time, and see that the tests notice: `python tools/mutations.py [WORD ...]`.
+"""Break the mathematics on purpose, one place at a time, and see that the tests notice:
+`python tools/mutations.py [WORD ...]`.
 
-Each mutation changes one line of a copy of the package and runs the tests of the objectives, the loop and the schedule
-on it. Exits with 1 where a mutation survives. WORDs choose mutations by their description.
+Each mutation changes one line of a copy of the package and runs the tests of the objectives, the loop and the
+schedule on it. Exits with 1 where a mutation survives. WORDs choose mutations by their description.
 """
 
 import os

@@ -1,6 +1,7 @@
 """Put a trained base into the package: `python tools/package_base.py base.safetensors small_base`.
 
-Matrices are stored as float16, which halves the file. Commands then know the base by its name: `--base-checkpoint small_base`.
+Matrices are stored as float16, which halves the file. Commands then know the base by its name:
+`--base-checkpoint small_base`.
 """
 
 import sys
@@ -15,7 +16,8 @@ def main():
     model, path = load_wavegrad2(sys.argv[1]), PACKAGE / "assets" / f"{sys.argv[2]}.safetensors"
     model.save(path, model.metadata, half=True)
     print(
-        f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, {path.stat().st_size / 1e6:.1f} MB"
+        f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{path.stat().st_size / 1e6:.1f} MB"
     )
 
 

@@ -1,8 +1,10 @@
-"""Our reading of the 13,100 LJSpeech texts against the released phones: `python tools/phone_error_rate.py FOLDER`.
+"""Our reading of the 13,100 LJSpeech texts against the released phones:
+`python tools/phone_error_rate.py FOLDER`.
 
-FOLDER holds metadata.csv of LJSpeech and train.txt, val.txt of maum-ai/wavegrad2. Writes results/frontend/phone_error_rate.json:
-edits over released phones, and what they come from, word by word. The released phones were chosen by a forced aligner that heard the
-reader, and an `spn` stands for each word that its word list lacked.
+FOLDER holds metadata.csv of LJSpeech and train.txt, val.txt of maum-ai/wavegrad2. Writes
+results/frontend/phone_error_rate.json: edits over released phones, and what they come from, word by word. The
+released phones were chosen by a forced aligner that heard the reader, and an `spn` stands for each word that
+its word list lacked.
 """
 
 import json
@@ -18,8 +20,10 @@ from dlpo_nb.text import pronunciations, text_to_words
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "frontend" / "phone_error_rate.json"
 LITTLE = set(
-    "a an and as at been can could do for from had has have he her him his i if in into is it its me must my nor not of on or our shall she "
-    "should so some such than that the them then there they this those to up us was we were when which who will with would you your".split()
+    "a an and as at been can could do for from had has have he her him his i if in into is it its me "
+    "must my nor not of on or our shall she "
+    "should so some such than that the them then there they this those to up us was we were when which "
+    "who will with would you your".split()
 )
 
 
@@ -68,7 +72,8 @@ def cause(word, ours, theirs):
 
 
 def beside(ours, theirs):
-    "For each of our phones the released ones beside it: lists of indices into `theirs`; what stands between two goes with the first."
+    """For each of our phones the released ones beside it: lists of indices into `theirs`; what stands
+    between two goes with the first."""
     output = jiwer.process_words(" ".join(theirs), " ".join(ours))
     places, last = [[] for _ in ours], 0
     for chunk in output.alignments[0]:
@@ -103,7 +108,8 @@ def compare(text, released):
 
 
 def pauses(text, released):
-    "Counter of pauses inside the text: ours at punctuation, the released ones, those that both have; and of all edits, pauses too."
+    """Counter of pauses inside the text: ours at punctuation, the released ones, those that both have;
+    and of all edits, pauses too."""
     ours = [p for word in text_to_words(text) for p in (["sp"] if word == "," else pronunciations(word)[0])]
     ours = ours[: len(ours) - (ours[-1] == "sp")]  # released phones have no silence at the end
     edits, places = beside(ours, released)

@@ -1,8 +1,8 @@
 """The experiment of nbs/experiments/71: `python tools/run_all_methods.py [--jobs 2]`.
 
-One tiny run of each method from the packaged base: same seed, same texts, same noise, same number of rollouts and updates.
-Keeps what the notebook draws in results/all_methods/METHOD/, and two of the held-out sentences of each in docs/audio/methods/.
-Methods that are there already are not run again.
+One tiny run of each method from the packaged base: same seed, same texts, same noise, same number of rollouts
+and updates. Keeps what the notebook draws in results/all_methods/METHOD/, and two of the held-out sentences
+of each in docs/audio/methods/. Methods that are there already are not run again.
 """
 
 import argparse

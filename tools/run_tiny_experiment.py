@@ -17,7 +17,8 @@ KEEP = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "eva
 
 
 def run(experiment, name, flags, threads):
-    """One launch into runs/EXPERIMENT/NAME, its numbers copied to results/EXPERIMENT/NAME; returns the run directory."""
+    """One launch into runs/EXPERIMENT/NAME, its numbers copied to results/EXPERIMENT/NAME;
+    returns the run directory."""
     out, kept = ROOT / "runs" / experiment / name, ROOT / "results" / experiment / name
     out.parent.mkdir(parents=True, exist_ok=True)
     if (kept / "summary.json").exists():

@@ -1,7 +1,7 @@
 """Scores of a base model by number of sampling steps: `python tools/score_base.py [CHECKPOINT] [--out FILE]`.
 
-The 64 standard held-out texts, one noise seed, DNSMOS p808 and (where its weights are found) NISQA, level, noise floor
-and the distance to the speaker; first the schedule of the gate (25 steps), then the others.
+The 64 standard held-out texts, one noise seed, DNSMOS p808 and (where its weights are found) NISQA, level,
+noise floor and the distance to the speaker; first the schedule of the gate (25 steps), then the others.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""What a few minutes of training are worth under several settings: `python tools/what_trains_fastest.py CORPUS`.
+"""What a few minutes of training are worth under several settings:
+`python tools/what_trains_fastest.py CORPUS`.
 
-CORPUS is made by `python -m dlpo_nb.data`. Each setting trains the same network from the same seed for the same minutes of processor time
-(one thread, so that other work on the machine does not count) and is judged by the validation: the denoising loss of the averaged model
-at five noise levels, on the same windows under the same noise. Writes results/what_trains_fastest.json after each.
+CORPUS is made by `python -m dlpo_nb.data`. Each setting trains the same network from the same seed for the
+same minutes of processor time (one thread, so that other work on the machine does not count) and is judged by
+the validation: the denoising loss of the averaged model at five noise levels, on the same windows under the
+same noise. Writes results/what_trains_fastest.json after each.
 """
 
 import argparse

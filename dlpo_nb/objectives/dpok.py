@@ -18,9 +18,8 @@ class DPOK(PolicyGradient):
     "Diffusion policy optimisation with KL regularisation: eq. 8 of the paper; Fan et al. 2023."
 
     beta: float = 0.1  # weight of the KL
-    kl_form: Literal["exact", "mse", "l2", "l1"] = (
-        "exact"  # the distance: the KL itself, or a simplified form
-    )
+    # the distance: the KL itself, or a simplified form
+    kl_form: Literal["exact", "mse", "l2", "l1"] = "exact"
     needs = ("policy", "kl")
 
     def __call__(self, replay: Replay) -> Loss:

@@ -20,5 +20,6 @@ class KLinR(PolicyGradient):
     needs = ("policy", "log_ratio")
 
     def __call__(self, replay: Replay) -> Loss:
-        "Of a policy slice; `replay.in_reward_penalty` is the log-ratio k of the whole trajectory, summed over its samples."
+        """Of a policy slice; `replay.in_reward_penalty` is the log-ratio k of the whole trajectory,
+        summed over its samples."""
         return self.policy_loss(replay, self.beta)

@@ -14,7 +14,8 @@ from .base import OBJECTIVES, Loss, Objective, Replay
 @OBJECTIVES.register("released")
 @dataclass
 class Released(Objective):
-    "What the authors' public code effectively computes for DLPO and OnlyDL: the denoising loss on recorded speech, whatever the reward."
+    """What the authors' public code effectively computes for DLPO and OnlyDL:
+    the denoising loss on recorded speech, whatever the reward."""
 
     needs = ("denoising",)
 

@@ -16,14 +16,16 @@ from .base import OBJECTIVES, Loss, Objective, Replay
 
 # %% ../../nbs/31_rwr.ipynb #1ed306d1
 def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.1) -> torch.Tensor:
-    "Weights of the samples of a batch (B,): the rewards themselves (raw), or exp(r / tau) with mean 1 (softmax)."
+    """Weights of the samples of a batch (B,):
+    the rewards themselves (raw), or exp(r / tau) with mean 1 (softmax)."""
     if kind == "softmax":
         return (rewards / tau).softmax(0) * len(rewards)
     if kind != "raw":
         raise UserError(f"RWR weights '{kind}' are not known: choose 'softmax' or 'raw'.")
     if (rewards < 0).any():
         raise UserError(
-            f"a reward is negative ({float(rewards.min()):.3g}), and RWR with raw weights would push away from that sample without bound; "
+            f"a reward is negative ({float(rewards.min()):.3g}), and RWR with raw weights would push "
+            "away from that sample without bound; "
             "say --rwr-weights softmax."
         )
     return rewards
@@ -32,11 +34,11 @@ def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.
 @OBJECTIVES.register("rwr")
 @dataclass
 class RWR(Objective):
-    "Reward-weighted regression on the policy's own samples: eq. 6 of the paper, with D for the log-likelihood."
+    """Reward-weighted regression on the policy's own samples: eq.
+    6 of the paper, with D for the log-likelihood."""
 
-    rwr_weights: Literal["softmax", "raw"] = (
-        "softmax"  # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
-    )
+    # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
+    rwr_weights: Literal["softmax", "raw"] = "softmax"
     tau: float = 0.1  # temperature of the softmax weights, in units of the reward
     needs = ("denoising",)
     denoising_source = "sample"  # it imitates its own well-rated speech

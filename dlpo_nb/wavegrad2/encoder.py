@@ -21,9 +21,8 @@ def length_mask(
 
 def packed_lstm(lstm: nn.LSTM, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     "Run a (bidirectional) LSTM over x (B, L, C), each item up to its own length; rows beyond it are 0."
-    if (
-        x.device.type == "cpu"
-    ):  # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
+    # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
+    if x.device.type == "cpu":
         x = x.to(lstm.weight_hh_l0.dtype)
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
     with torch.autocast("cpu", enabled=False):

@@ -87,11 +87,13 @@ def check_config(config):
         len(d) for d in config.up_dilations
     } != {4}:
         raise UserError(
-            f"{blocks} factors need {blocks} `up` widths, {blocks} `up_dilations` of 4 numbers and {blocks - 1} `down` widths; got {config}"
+            f"{blocks} factors need {blocks} `up` widths, {blocks} `up_dilations` of 4 numbers and "
+            f"{blocks - 1} `down` widths; got {config}"
         )
     if any(w % 2 for w in (config.encoder_channels, config.first_down, *config.down)):
         raise UserError(
-            f"encoder_channels, first_down and down must be even (two LSTM directions; sines and cosines of the noise level); got {config}"
+            "encoder_channels, first_down and down must be even (two LSTM directions; "
+            f"sines and cosines of the noise level); got {config}"
         )
 
 # %% ../../nbs/08_wavegrad2.ipynb #218e5170
@@ -134,10 +136,11 @@ class WaveGrad2(Policy):
     def condition(
         self, ids, lengths, durations=None, pace=1.0, reference_padding=False, speakers=None
     ) -> Conditioning:
-        """Texts to frames: ids (B, L) padded with 0, lengths (B,), durations (B, L) in frames or None for the predicted ones.
+        """Texts to frames: ids (B, L) padded with 0, lengths (B,),
+        durations (B, L) in frames or None for the predicted ones.
 
-        `pace` stretches predicted durations, `speakers` (B,) are indices (default 0). `reference_padding` computes what the
-        released implementation does, where padding leaks and negative durations stay."""
+        `pace` stretches predicted durations, `speakers` (B,) are indices (default 0). `reference_padding`
+        computes what the released implementation does, where padding leaks and negative durations stay."""
         check_symbols(ids, lengths, self.config.n_symbols)
         text = self.encoder(ids, lengths, reference_padding)
         speakers = torch.zeros_like(lengths) if speakers is None else speakers
@@ -173,7 +176,8 @@ class WaveGrad2(Policy):
 
 # %% ../../nbs/08_wavegrad2.ipynb #5ecc22fc
 def released_config(path, state) -> WaveGrad2Config:
-    "The released size that fits the shapes of the tensors. Raises UserError if they are not those of a WaveGrad 2."
+    """The released size that fits the shapes of the tensors.
+    Raises UserError if they are not those of a WaveGrad 2."""
     tables = [state.get("encoder.embedding.weight"), state.get("speaker_embedding.weight")]
     if any(t is None or t.ndim != 2 for t in tables):
         first = ", ".join(list(state)[:3]) or "none"

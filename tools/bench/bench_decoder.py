@@ -1,8 +1,9 @@
-"""Our decoder against a plain transcription of the reference's arithmetic, on the CPU: `python tools/bench/bench_decoder.py`.
+"""Our decoder against a plain transcription of the reference's arithmetic, on the CPU:
+`python tools/bench/bench_decoder.py`.
 
-WaveGrad 2 Base with the tests' deterministic weights. Sampling steps and training steps take turns in one process, and so do the
-machine's ceilings (matrix product, copy); ratios are of medians. Peak memory is that of processes of their own, which do two training steps each.
-Writes results/bench/decoder.json.
+WaveGrad 2 Base with the tests' deterministic weights. Sampling steps and training steps take turns in one
+process, and so do the machine's ceilings (matrix product, copy); ratios are of medians. Peak memory is that
+of processes of their own, which do two training steps each. Writes results/bench/decoder.json.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def signals(batch, frames):
 
 
 def sampling_steps(args):
-    """{name: a call that gives the estimated noise and the next state, (B, N) each}: reverse step t = 500 of 1000."""
+    """{name: a call that gives the estimated noise and the next state, (B, N) each}:
+    reverse step t = 500 of 1000."""
     ours = base_decoder()
     plain, tables, schedule = (
         PlainDecoder(ours.state_dict()),
@@ -79,7 +81,8 @@ def sampling_steps(args):
 
 
 def training_steps(args, names=("plain", "ours", "ours bfloat16")):
-    """{name: a call that gives the loss and leaves gradients in the weights}: L1 to given noise, gradients to weights and frames."""
+    """{name: a call that gives the loss and leaves gradients in the weights}:
+    L1 to given noise, gradients to weights and frames."""
     ours = base_decoder()
     plain = PlainDecoder(ours.state_dict()) if "plain" in names else None
     y, hidden, z = signals(args.batch, args.window)
@@ -135,9 +138,11 @@ def take_turns(calls, rounds):
 
 
 def compare(calls, rounds, baseline="plain"):
-    """Seconds of each call by rounds, ratios to the baseline, floating-point operations, and the share of the machine's ceiling.
+    """Seconds of each call by rounds, ratios to the baseline, floating-point operations,
+    and the share of the machine's ceiling.
 
-    The ceilings (GFLOP/s, GB/s) take their turns between the calls, so that other jobs on the machine slow them as well."""
+    The ceilings (GFLOP/s, GB/s) take their turns between the calls,
+    so that other jobs on the machine slow them as well."""
     work = ceilings()
     seconds, found = take_turns(calls | {name: call for name, (call, _) in work.items()}, rounds), {}
     best = {name: amount / statistics.median(seconds[name]) / 1e9 for name, (_, amount) in work.items()}
@@ -201,7 +206,8 @@ def show(found, best):
     """Print a table."""
     for name, row in found.items():
         print(
-            f"{name:15s} {row['median']:7.2f} s   {row['times faster']:.2f} times faster   {row['gflop']:.0f} GFLOP, {row['share of the ceiling']:.0%} of the ceiling",
+            f"{name:15s} {row['median']:7.2f} s   {row['times faster']:.2f} times faster   "
+            f"{row['gflop']:.0f} GFLOP, {row['share of the ceiling']:.0%} of the ceiling",
             *(
                 f"  {k} {row[k]:.2g}"
                 for k in ("noise max off", "noise rms off", "share of plain's memory")

@@ -1,8 +1,10 @@
-"""Cost of DNSMOS by length, against the stock `speechmos` call: `python tools/bench/bench_dnsmos.py [--out results/bench/dnsmos.json]`.
+"""Cost of DNSMOS by length, against the stock `speechmos` call:
+`python tools/bench/bench_dnsmos.py [--out results/bench/dnsmos.json]`.
 
-Processor seconds of this process (all its threads), which other jobs on the machine disturb less than seconds on the clock. Medians, after a
-first call that is not counted, so that loading is not measured. `speechmos` leaves the number of threads to onnxruntime. The second part scores a
-batch on one thread, with a pool of two, and with two threads inside onnxruntime instead.
+Processor seconds of this process (all its threads), which other jobs on the machine disturb less than seconds
+on the clock. Medians, after a first call that is not counted, so that loading is not measured. `speechmos`
+leaves the number of threads to onnxruntime. The second part scores a batch on one thread, with a pool of two,
+and with two threads inside onnxruntime instead.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""Seconds of an episode by phase, and how near the machine's ceilings its networks come: `python tools/bench/bench_episode.py --out FILE`.
+"""Seconds of an episode by phase, and how near the machine's ceilings its networks come:
+`python tools/bench/bench_episode.py --out FILE`.
 
-WaveGrad 2 Base with random weights on texts of LJSpeech's length (or the packaged base with --tiny), DLPO with the settings of
-preset paper but for the flags below, and a reward that costs nothing (a UTMOS with random weights: --utmos). Every setting in
---settings gets an episode to warm up and one that counts. Writes FILE as json: ceilings, the network's operations and bytes, a row a setting.
+WaveGrad 2 Base with random weights on texts of LJSpeech's length (or the packaged base with --tiny), DLPO
+with the settings of preset paper but for the flags below, and a reward that costs nothing (a UTMOS with
+random weights: --utmos). Every setting in --settings gets an episode to warm up and one that counts. Writes
+FILE as json: ceilings, the network's operations and bytes, a row a setting.
 """
 
 import json
@@ -92,7 +94,8 @@ def tuner_of(config, settings, device):
 
 
 def network(config, device):
-    """What a denoising step of a micro-batch of four costs, and the share of both ceilings that it reaches, in both precisions."""
+    """What a denoising step of a micro-batch of four costs,
+    and the share of both ceilings that it reaches, in both precisions."""
     tuner = tuner_of(config, {}, device)
     ids = torch.tensor([text_to_ids(text)[: config.symbols] for text in (tuner.texts * 4)[:4]], device=device)
     cond = tuner.model.condition(ids, torch.full((4,), ids.shape[1], device=device))
@@ -117,8 +120,10 @@ def network(config, device):
             "share_of_bytes": asked["bytes"] / spent / limit["bytes_per_s"],
         }
         print(
-            f"{name}: a step of {rows[name]['audio_seconds']:.0f} s of audio takes {1000 * spent:.1f} ms, {asked['flops'] / 1e9:.0f} GFLOP "
-            f"({100 * rows[name]['share_of_flops']:.0f} % of the ceiling), {asked['bytes'] / 1e9:.1f} GB ({100 * rows[name]['share_of_bytes']:.0f} %)",
+            f"{name}: a step of {rows[name]['audio_seconds']:.0f} s of audio takes {1000 * spent:.1f} "
+            f"ms, {asked['flops'] / 1e9:.0f} GFLOP "
+            f"({100 * rows[name]['share_of_flops']:.0f} % of the ceiling), {asked['bytes'] / 1e9:.1f} "
+            f"GB ({100 * rows[name]['share_of_bytes']:.0f} %)",
             flush=True,
         )
     return rows
@@ -151,9 +156,8 @@ def main(config):
         )
         path = Path(config.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps(result, indent=1) + "\n"
-        )  # after each: a job that runs out of time has what it got
+        # after each: a job that runs out of time has what it got
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

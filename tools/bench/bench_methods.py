@@ -1,7 +1,7 @@
 """What an episode of each method costs, beside DDPO's: `python tools/bench/bench_methods.py`.
 
-One thread, the packaged base, two texts x 8 rollouts with a free reward; the methods take turns, and the fastest of three
-rounds counts. Writes results/all_methods/seconds.json.
+One thread, the packaged base, two texts x 8 rollouts with a free reward;
+the methods take turns, and the fastest of three rounds counts. Writes results/all_methods/seconds.json.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""What a second process gives on a CPU, and what exchanging gradients costs: `python tools/bench/bench_scaling.py`.
+"""What a second process gives on a CPU, and what exchanging gradients costs:
+`python tools/bench/bench_scaling.py`.
 
-The same episodes of the main job in one process and in two, a thread each, in turns; and the sum of a vector as long as
-the gradients of WaveGrad 2 Base's decoder over two processes. Writes results/bench/scaling.json.
+The same episodes of the main job in one process and in two, a thread each, in turns; and the sum of a vector
+as long as the gradients of WaveGrad 2 Base's decoder over two processes. Writes results/bench/scaling.json.
 """
 
 import json
@@ -84,7 +85,8 @@ def main():
         )
         summed = json.loads(Path(folder, "sum").read_text())
     print(
-        f"two processes: {speedup['seconds']:.2f} times as fast (rollouts {speedup['seconds/rollout']:.2f}, update {speedup['seconds/update']:.2f}); "
+        f"two processes: {speedup['seconds']:.2f} times as fast (rollouts "
+        f"{speedup['seconds/rollout']:.2f}, update {speedup['seconds/update']:.2f}); "
         f"{summed['numbers']:,} gradients are exchanged in {1000 * summed['seconds']:.0f} ms"
     )
     path = Path(__file__).resolve().parents[2] / "results" / "bench" / "scaling.json"

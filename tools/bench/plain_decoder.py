@@ -1,7 +1,9 @@
-"""WaveGrad 2's decoder and its reverse step as the reference computes them, written out plainly: what `bench_decoder.py` compares with.
+"""WaveGrad 2's decoder and its reverse step as the reference computes them, written out plainly: what
+`bench_decoder.py` compares with.
 
-Nothing is clever here: every signal is (B, C, N), each activation is a new tensor, signals are stretched before they are convolved, and a 1x1
-convolution runs before its result is shortened. Weights are those of `dlpo_nb.wavegrad2.decoder.Decoder`, under the released keys. Base only.
+Nothing is clever here: every signal is (B, C, N), each activation is a new tensor, signals are stretched
+before they are convolved, and a 1x1 convolution runs before its result is shortened. Weights are those of
+`dlpo_nb.wavegrad2.decoder.Decoder`, under the released keys. Base only.
 """
 
 import torch

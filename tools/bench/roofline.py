@@ -1,4 +1,5 @@
-"""What a piece of work asks of a machine, and what the machine can do: operations, bytes, and the two ceilings."""
+"""What a piece of work asks of a machine, and what the machine can do:
+operations, bytes, and the two ceilings."""
 
 import time
 
@@ -26,7 +27,8 @@ def seconds(work, device, repeats=3):
 
 
 def ceilings(device, dtype, size=None):
-    """Measured here and now: operations a second of a large square matrix product, bytes a second of a large copy (read and written)."""
+    """Measured here and now: operations a second of a large square matrix product,
+    bytes a second of a large copy (read and written)."""
     gpu = torch.device(device).type == "cuda"
     n = size or (8192 if gpu else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
