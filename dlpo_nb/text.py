@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOWELS', 'CONSONANTS', 'SILENCES', 'LETTERS', 'PHONES', 'SYMBOLS', 'PREFERRED', 'ENDINGS', 'BEGINNINGS',
-           'STRESS_ENDINGS', 'TOKEN', 'phones_to_ids', 'pronunciations', 'text_to_words', 'text_to_phones',
-           'text_to_ids', 'line_to_ids', 'read_texts', 'prompts', 'pad_ids']
+           'STRESS_ENDINGS', 'TOKEN', 'AUDIO', 'LISTS', 'KALDI', 'phones_to_ids', 'pronunciations', 'text_to_words',
+           'text_to_phones', 'text_to_ids', 'line_to_ids', 'read_texts', 'prompts', 'pad_ids']
 
 # %% ../nbs/02_text.ipynb #2d63961b
 import functools
@@ -287,7 +287,7 @@ def _pronounce(word):
 def pronunciations(
     word: str,  # one of `text_to_words`
 ) -> list[list[str]]:
-    "All ways to say a word that differ in more than stress: first as `text_to_phones` says it, then the dictionary's others."
+    "All ways to say a word, but for stress: first that of `text_to_phones`, then the dictionary's others."
     listed = [] if word.isupper() else map(_our_habits, entries().get(word, []))
     ways = {}
     for phones in (_pronounce(word), *listed):
@@ -301,7 +301,9 @@ TOKEN = re.compile(r"[A-Za-zéâ]+(?:'[A-Za-z]+)*'?|'[a-z]+|[,.?!;:]|(?<!\w)-+(?
 def text_to_words(
     text: str,  # any English
 ) -> list[str]:
-    "The words as they are looked up, and a comma for , . ? ! ; : and dashes (a run is one, none at the start). Raises UserError if no word is left."
+    """The words as they are looked up, and a comma for , . ? ! ; : and dashes (a run is one, none leads).
+
+    Raises UserError if no word is left."""
     words = []
     for token in TOKEN.findall(normalise(text)):
         if not token[-1].isalpha() and not token[0].isalpha():
@@ -332,7 +334,9 @@ def text_to_ids(
 def line_to_ids(
     line: str,  # "{HH AH0} {L OW1}", the third field of a metadata line
 ) -> list[int]:
-    "Symbol ids of phones in braces, as maum-ai/wavegrad2 reads them: unknown phones and characters are dropped. Raises UserError if text follows the last brace."
+    """Symbol ids of phones in braces, as maum-ai/wavegrad2 reads them: what is unknown is dropped.
+
+    Raises UserError if text follows the last brace."""
     ids, rest = [], line
     while rest:
         match = re.match(r"(.*?)\{(.+?)\}(.*)", rest, re.DOTALL)
@@ -346,39 +350,71 @@ def line_to_ids(
     return ids
 
 # %% ../nbs/02_text.ipynb #47ed3b2e
+AUDIO = r"[^|,;\t]*\.(?:wav|flac|mp3|ogg|opus|npy|pt)"
+# how each line of a list begins (or is), and what shows its texts
+LISTS = {
+    rf"(?i:\"?{AUDIO}\"?,)": "cut -d, -f2- FILE",
+    rf"(?i:\"?{AUDIO}\"?;)|[A-Za-z_-]*\d+;(?! )": "cut -d';' -f2- FILE",
+    rf"(?i:{AUDIO})\t|[^\s|,]+\t": "cut -f2 FILE",
+    rf"(?i:{AUDIO}) ": "cut -d' ' -f2- FILE",
+    r"\( ?\S+ \".*\" ?\)$": "cut -d'\"' -f2 FILE",  # festival
+    r"\[?\{ ?\"": "jq -r '.. | .text? // empty' FILE",
+}
+KALDI = r"(?=[a-z]|\w*_|(?:[^\s\d]*\d){3})(?=[\w-]*[A-Za-z_])[\w-]*\d |\d+-\d{4,}-\d{4} "  # and LibriSpeech
+
+
+def _column_of_texts(rows):
+    "The number of the column of texts: not names, then most stops and spaces, then the last (normalised)."
+
+    def looks(i):
+        column = [row[i].strip() for row in rows]
+        names = sum(bool(re.fullmatch(rf"\S*[\d/\\]\S*|(?i:{AUDIO})", field)) for field in column)
+        return (
+            -names,
+            sum(field.endswith((".", "?", "!")) for field in column),
+            sum(f.count(" ") for f in column),
+            i,
+        )
+
+    return max(range(len(rows[0])), key=looks) + 1
+
+
 def _recordings(texts):
     "How to get the texts out of a list of recordings in the form of another tool; None for texts."
-    name, audio = r"[^\s|,]+", r"[^|,\t]*\.(?:wav|flac|mp3|ogg|opus|npy|pt)"
-    forms = {
-        rf"(?:{name}|{audio}) ?\|": "cut -d'|' -f2 FILE",
-        rf"(?:{name}|{audio})\t": "cut -f2 FILE",
-        rf"\"?{audio}\"?,": "cut -d, -f2- FILE",
-        rf"{audio} ": "cut -d' ' -f2- FILE",
-        r"\{\"": "jq -r .text FILE",
-    }
-    for form, command in forms.items():
-        listed = sum(bool(re.match(form, text, re.IGNORECASE)) for text in texts)
-        if listed == len(texts) or listed > 1 and listed >= len(texts) - 1:  # a header is no recording
-            return command + " shows them"
-    return None
+
+    def all_are(pattern, fewest=1):  # a header is no recording
+        count = sum(bool(re.match(pattern, text)) for text in texts)
+        return count == len(texts) >= fewest or count > 1 and count >= len(texts) - 1
+
+    if any(re.match(r"(?:\d\d:)?\d\d:\d\d[,.]\d{3} --> ", text) for text in texts):  # subtitles
+        return "grep '[a-z]' FILE"
+    rows = [text.split("|") for text in texts if "|" in text]
+    alike = len(rows) == len(texts) > 1 and len({*map(len, rows)}) == 1
+    if alike or all_are(rf"(?:[^\s|,]+|(?i:{AUDIO})) ?\|"):
+        return f"cut -d'|' -f{_column_of_texts([row for row in rows if len(row) == len(rows[-1])])} FILE"
+    if all_are(KALDI, fewest=2):
+        return "cut -d' ' -f2- FILE"
+    return next((command for form, command in LISTS.items() if all_are(form)), None)
 
 
 def read_texts(
     path: str | Path,  # a file with one text per line
 ) -> list[str]:
-    "The lines that are not blank. Raises UserError if the file is missing, empty, not UTF-8, or a list of recordings."
+    "The lines with text. Raises UserError if the file is missing, empty, not UTF-8, or a list of recordings."
     try:
         lines = split_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read texts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a text file with one sentence per line"
+            f"cannot read texts from {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; "
+            "give a text file with one sentence per line"
         ) from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise UserError(f"{path} has no text: write one sentence per line")
-    if recordings := _recordings(texts):
+    if command := _recordings(texts):
         raise UserError(
-            f"{path} is a list of recordings ({texts[0][:40]!r}), not of texts: give the texts alone, one per line ({recordings})"
+            f"{path} is a list of recordings ({texts[0][:40]!r}), not of texts: "
+            f"give the texts alone, one per line ({command} shows them)"
         )
     return texts
 

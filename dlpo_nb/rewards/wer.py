@@ -25,7 +25,7 @@ import torch
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
 from ..normalisation import normalise
-from ..quantities import MONTHS
+from ..times import MONTHS
 from .base import REWARDS, Reward, unusable, without_autocast
 
 # %% ../../nbs/24_wer.ipynb #4665af41
