@@ -501,7 +501,7 @@ def judges(config, reward):
 
 def speak(tuner, config, texts) -> dict:
     "The held-out texts as base and tuned model say them, a list of (N_i,) each; every process speaks a part."
-    from dlpo_nb.evaluate import synthesise_all
+    from dlpo_nb.heldout import synthesise_all
 
     if rank() == 0:
         print(
@@ -517,7 +517,7 @@ def speak(tuner, config, texts) -> dict:
 
 def evaluate_run(run, audio, texts, asked):
     "Have the held-out texts judged; writes wavs, evaluation.csv; returns the comparison."
-    from dlpo_nb.evaluate import compare, measure, speaker_log_mels, write_rows
+    from dlpo_nb.heldout import compare, measure, speaker_log_mels, write_rows
 
     rows, speaker = {}, speaker_log_mels(texts)
     for name in audio:
@@ -764,7 +764,7 @@ def begin(preset, config, tuner, heldout=(), watched=()):
 
 def finish(tuner, run, config, heldout, audio, reward):
     "Evaluation of what base and tuned model say, summary, table and report of a run that is through with its episodes."
-    from dlpo_nb.evaluate import format_table
+    from dlpo_nb.heldout import format_table
     from dlpo_nb.report import write_report
 
     summary = {
@@ -783,7 +783,7 @@ def finish(tuner, run, config, heldout, audio, reward):
 # %% ../nbs/42_launch.ipynb #af0dd613
 def rehearse(preset, config, reward):
     "Judge, compare and report a packaged recording, and throw it all away: what cannot be done is better known before the first episode."
-    from dlpo_nb.evaluate import format_table
+    from dlpo_nb.heldout import format_table
     from dlpo_nb.report import write_report
 
     clip = read_audio(min((asset("speech_train") / "audio").glob("*.flac")))

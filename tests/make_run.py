@@ -8,7 +8,7 @@ import torch
 
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir
-from dlpo_nb.evaluate import compare, write_rows
+from dlpo_nb.heldout import compare, write_rows
 
 TEXTS = [
     "The kettle is on.",

@@ -9,7 +9,7 @@ from toy_mel import make_toy_mel
 
 from dlpo_nb.checkpoints import heldout_reward
 from dlpo_nb.distributed import join, leave, rank
-from dlpo_nb.evaluate import synthesise_all
+from dlpo_nb.heldout import synthesise_all
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.rollouts import collect, make_advantages, score_audio
 from dlpo_nb.rewards.base import CombinedReward, Reward

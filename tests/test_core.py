@@ -306,7 +306,7 @@ def test_another_user_without_home(tmp_path):
         pytest.skip("the interpreter that runs the tests is closed to other users")
     code = """
 import getpass, pathlib, torch
-from dlpo_nb.evaluate import aligned_log_mel_distance
+from dlpo_nb.heldout import aligned_log_mel_distance
 distance = aligned_log_mel_distance(torch.zeros(80, 5), torch.zeros(80, 4))
 print(getpass.getuser(), pathlib.Path.home(), distance)
 """

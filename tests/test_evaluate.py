@@ -26,21 +26,23 @@ from dlpo_nb.evaluate import (
     EvaluateConfig,
     ScoreCache,
     ask,
-    bootstrap_interval,
+    main,
+    speak,
+)
+from dlpo_nb.heldout import (
     compare,
     format_table,
-    main,
     measure,
     ordered,
     read_rows,
     role,
-    speak,
     speaker_log_mels,
     synthesise_all,
     verdict,
     write_rows,
 )
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
+from dlpo_nb.statistics import bootstrap_interval
 from dlpo_nb.systems import System, read_clip
 from dlpo_nb.text import prompts
 from dlpo_nb.text import text_to_ids

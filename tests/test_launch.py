@@ -230,8 +230,8 @@ def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_p
     rehearse("tiny", config, reward)
     assert reward.state_dict() == before and reward.pop_components() == {}
     for broken in (
-        "dlpo_nb.evaluate.aligned_log_mel_distance",
-        "dlpo_nb.evaluate.write_rows",
+        "dlpo_nb.heldout.aligned_log_mel_distance",
+        "dlpo_nb.heldout.write_rows",
         "dlpo_nb.report.write_page",
         "dlpo_nb.launch.write_audio",
     ):

@@ -10,7 +10,7 @@ from small_policy import TEXTS, make_corpus, make_model, make_rollout, make_tune
 from toy_mel import ToyMel, make_toy_mel
 
 from dlpo_nb.core import UserError
-from dlpo_nb.evaluate import synthesise_all
+from dlpo_nb.heldout import synthesise_all
 from dlpo_nb.diagnostics import drift
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.lora import adapters, merged, without_adapters

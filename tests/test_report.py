@@ -13,16 +13,9 @@ from make_run import TEXTS, make_run
 
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir, UserError
-from dlpo_nb.evaluate import Row, compare, read_rows, write_rows
-from dlpo_nb.report import (
-    control_command,
-    control_difference,
-    main,
-    read_run,
-    reward_curve,
-    write_comparison,
-    write_report,
-)
+from dlpo_nb.figures import control_difference, read_run, reward_curve
+from dlpo_nb.heldout import Row, compare, read_rows, write_rows
+from dlpo_nb.report import control_command, main, write_comparison, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img", "br", "source", "line", "circle"}

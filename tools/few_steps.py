@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dlpo_nb.audio import SAMPLE_RATE, mp3_bytes
 from dlpo_nb.core import UserError, asset, atomic_write, environment, run_main
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.evaluate import measure, speaker_log_mels, synthesise_all
+from dlpo_nb.heldout import measure, speaker_log_mels, synthesise_all
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 from dlpo_nb.text import prompts

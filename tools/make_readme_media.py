@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dlpo_nb.audio import mp3_bytes, read_audio
-from dlpo_nb.report import reward_curve
+from dlpo_nb.figures import reward_curve
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import torch
 
 from dlpo_nb.audio import log_mel
 from dlpo_nb.data import load_corpus
-from dlpo_nb.evaluate import measure
+from dlpo_nb.heldout import measure
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 from dlpo_nb.text import prompts

@@ -13,7 +13,7 @@ import numpy as np
 
 from dlpo_nb.core import base_path, environment
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.evaluate import measure, speaker_log_mels, synthesise_all
+from dlpo_nb.heldout import measure, speaker_log_mels, synthesise_all
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 from dlpo_nb.text import prompts
