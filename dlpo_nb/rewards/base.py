@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'REWARDS', 'TOKEN', 'NORMALISATIONS', 'check_batch', 'Failure', 'unusable', 'without_autocast', 'remark_on',
-           'Summand', 'Reward', 'tokenise', 'parse_formula', 'Moments', 'CombinedReward', 'make_reward', 'get_reward',
-           'check_as_reward', 'FunctionReward', 'as_reward', 'ScoringQueue']
+           'Summand', 'Reward', 'check_reward', 'tokenise', 'parse_formula', 'Moments', 'CombinedReward', 'make_reward',
+           'get_reward', 'check_as_reward', 'FunctionReward', 'as_reward', 'ScoringQueue']
 
 # %% ../../nbs/20_rewards.ipynb #79a0c12b
 import concurrent.futures
@@ -207,7 +207,21 @@ class Reward(Summand):
         return dict(zip(self.dimensions, scores.unbind(1)))
 
 
-REWARDS = Registry("reward")
+def check_reward(kind, name):
+    "Raises UserError if a class, or a function that makes a reward, cannot be what formulas name."
+    if isinstance(kind, type) and not issubclass(kind, Reward):
+        raise UserError(f"{kind.__name__} is not derived from Reward")
+    if any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(kind).parameters.values()
+    ):
+        raise UserError(
+            f"{kind.__name__} cannot be called without arguments, as a reward that is named is; give its options "
+            "defaults, or write a plain function of audio as the score_clips of a class derived from Reward"
+        )
+
+
+REWARDS = Registry("reward", check_reward)
 
 # %% ../../nbs/20_rewards.ipynb #f201a555
 TOKEN = re.compile(
