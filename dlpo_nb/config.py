@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['OLD_NAMES', 'OLD_VALUES', 'AT_LEAST_ONE', 'ABOVE_ZERO', 'FinetuneSettings', 'renamed', 'applicable', 'check_options',
            'FinetuneConfig', 'check_batch', 'check_steps', 'check_denoising', 'owners', 'comment_of', 'option_fields',
-           'todays_flags', 'from_flags']
+           'todays_flags', 'check_names', 'from_flags']
 
 # %% ../nbs/39a_config.ipynb #4eda0fa9
 import inspect
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -20,6 +20,7 @@ from .mdp import draw_steps
 from .objectives import OBJECTIVES, get_objective
 from .objectives.base import check_fields, options_of
 from .objectives.dlpo import DLPO
+from .plugins import flag_values
 
 # %% ../nbs/39a_config.ipynb #021941bf
 @dataclass
@@ -83,7 +84,7 @@ def renamed(flat: dict) -> dict:
     "Flat settings under today's names; a denoising source of `auto`, once a value, is the method's own."
     named = {OLD_NAMES.get(name, name): value for name, value in flat.items()}
     return {
-        name: OLD_VALUES.get((name, value), value)
+        name: OLD_VALUES.get((name, value), value) if isinstance(value, str) else value
         for name, value in named.items()
         if (name, value) != ("denoising_source", "auto")
     }
@@ -242,7 +243,7 @@ def option_fields(objective) -> dict:  # {(method, ...): dataclass}
             if len(set(each.values())) > 1
             else ""
         )
-        spec = Annotated[f.type, tyro.conf.arg(help=comment_of(kind, name) + more)]
+        spec = Annotated[get_type_hints(kind)[name], tyro.conf.arg(help=comment_of(kind, name) + more)]
         groups.setdefault(methods, []).append((name, spec, field(default=default)))
     classes = {methods: make_dataclass("_".join(methods), specs) for methods, specs in groups.items()}
     for methods, cls in classes.items():
@@ -266,18 +267,25 @@ def todays_flags(argv: list) -> list:
     return out
 
 
+def check_names(kind, groups: dict):
+    "Raises UserError if an option of a method, in `groups` of `option_fields`, is called like a setting of `kind`."
+    taken = {f.name for f in fields(kind)} | {"method"}
+    for methods, cls in groups.items():
+        if clash := [f.name for f in fields(cls) if f.name in taken]:
+            raise UserError(
+                f"objective {methods[0]} has an option '{clash[0]}', which is the name of a setting of every run; "
+                "rename it."
+            )
+
+
 def from_flags(kind, argv: list, defaults: dict, prog: str, description: str):
     """Settings of the class `kind` from flags, on top of flat defaults,
     of which those are taken that the method has."""
     argv = todays_flags(argv)
-    named = [
-        flag.partition("=")[2] or value
-        for flag, value in zip(argv, [*argv[1:], ""])
-        if flag.partition("=")[0] == "--method"
-    ]
-    method = named[-1] if named else defaults.get("method", "dlpo")
+    method = [defaults.get("method", "dlpo"), *flag_values(argv, "method")][-1]
     start = kind.of(**applicable(kind, defaults | {"method": method}))
     groups = option_fields(start.objective)
+    check_names(kind, groups)
     known = Annotated[Literal[tuple(OBJECTIVES.names())], tyro.conf.arg(help="the objective")]
     line = make_dataclass(
         "CommandLine",

@@ -7,9 +7,9 @@ __all__ = ['PRESETS', 'MANUAL', 'MAY_CHANGE', 'FREE', 'INPUTS', 'NEEDED', 'Launc
            'check_resumed', 'check_inputs', 'settings_said', 'check_given', 'load_base', 'load_reward', 'load_texts',
            'load_recordings', 'is_resuming', 'refuse_second', 'open_run', 'new_folder', 'banner', 'tensorboard',
            'metadata', 'train', 'judges', 'speak', 'evaluate_run', 'SteadyPace', 'stand_in_base', 'stand_in_texts',
-           'stand_in_reward', 'stand_ins', 'shared_steps', 'cheaper_probe', 'memory', 'projected', 'dry_run',
-           'recorded', 'read_inputs', 'write_record', 'begin', 'finish', 'rehearse', 'load_all_texts', 'launch',
-           'carry_out', 'check_before', 'main']
+           'stand_in_reward', 'stand_ins', 'shared_steps', 'mean_symbols', 'cheaper_probe', 'memory', 'projected',
+           'dry_run', 'recorded', 'read_inputs', 'write_record', 'begin', 'finish', 'rehearse', 'load_all_texts',
+           'launch', 'carry_out', 'check_before', 'main']
 
 # %% ../nbs/42_launch.ipynb #93b633dc
 import contextlib
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import tyro
 
 from .audio import SAMPLE_RATE, read_audio, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last, states
@@ -41,7 +42,7 @@ from dlpo_nb.core import (
     run_main,
     unlock_folders,
 )
-from .data import load_corpus
+from .data import HOP, load_corpus
 from dlpo_nb.distributed import (
     begun_here,
     on_first_rank,
@@ -58,9 +59,10 @@ from .config import FinetuneConfig, applicable, from_flags, renamed
 from .diagnostics import drift
 from .finetune import Finetuner, finetune, load_state
 from .lora import merged
+from .plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
 from .rewards import get_reward
 from .rewards.base import CombinedReward, as_reward, check_as_reward, parse_formula
-from .text import prompts, read_texts, text_to_ids
+from .text import prompts, read_texts
 from .policies import load_policy
 
 # %% ../nbs/42_launch.ipynb #8b087547
@@ -89,6 +91,8 @@ class LaunchConfig(FinetuneConfig):
     out: str = ""  # run directory; empty: runs/PRESET-METHOD-seedN, numbered where it exists
     resume: bool = False  # go on with the run in --out
     dry_run: bool = False  # build everything, run two episodes, print what the whole run costs, write nothing
+    # a Python file of yours whose rewards, objectives and policies are known by name
+    plugin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     device: str = "auto"  # cpu, cuda or auto
     threads: int = 0  # CPU threads of a process; 0: as many as torch chooses
     nproc_per_node: int = 1  # processes on each machine, on GPUs one each
@@ -100,6 +104,7 @@ class LaunchConfig(FinetuneConfig):
 
     def check(self):
         super().check()
+        plugin_fingerprints(self.plugin)
         for name in ("heldout", "max_words", "threads", "watch_every", "max_restarts"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative.")
@@ -192,19 +197,23 @@ examples:
 
 # %% ../nbs/42_launch.ipynb #6e82ff62
 def parse(argv=None):
-    "Preset and settings from the command line."
+    "Preset and settings from the command line, with the plug-ins that it or the resumed run names."
     argv = list(sys.argv[1:] if argv is None else argv)
     preset = argv.pop(0) if argv and not argv[0].startswith("-") else "tiny"
     if preset not in PRESETS:
         raise UserError(
             f"preset '{preset}' is not known: choose {' or '.join(PRESETS)}, or leave it out and give --flags."
         )
-    config = read_flags(argv, PRESETS[preset])
-    if config.resume and config.out:
-        preset, stored = stored_config(config.out)
+    plugins, out = flag_values(argv, "plugin"), flag_values(argv, "out")
+    if out and "--resume" in argv:
+        plugins = load_plugins(run_plugins(out[-1], plugins))
+        preset, stored = stored_config(out[-1])
         config = read_flags(argv, stored.flat())  # what the command does not say stays as it was
         check_resumed(stored, config)
-    config = config.resolved()
+    else:
+        plugins = load_plugins(plugins)
+        config = read_flags(argv, PRESETS[preset])
+    config = replace(config, plugin=plugins).resolved()
     config.check()
     return preset, config
 
@@ -236,7 +245,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 FREE = (
     "episodes", "micro_batch", "out", "resume", "dry_run", "device", "threads", "nproc_per_node", "nnodes",
-    "rdzv_endpoint", "max_restarts",
+    "rdzv_endpoint", "max_restarts", "plugin",
 )  # fmt: skip
 INPUTS = ("base_checkpoint", "texts", "heldout_texts", "watch_from", "corpus")
 
@@ -289,7 +298,8 @@ def settings_said(preset, settings) -> list:
         part
         for name, value in settings.items()
         if name not in away and default.get(name, value) != value
-        for part in ("--" + name.replace("_", "-"), str(value))
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        for part in ("--" + name.replace("_", "-"), str(one))
     ]
 
 # %% ../nbs/42_launch.ipynb #9441d9d1
@@ -314,14 +324,7 @@ def check_given(config):
 
 def load_base(config):
     "The base model of a run."
-    path = base_path(config.base_checkpoint)
-    model = load_policy(path)
-    if model.sample_rate != SAMPLE_RATE:
-        raise UserError(
-            f"{path} speaks at {model.sample_rate} Hz, but this library works at {SAMPLE_RATE} Hz; "
-            f"give a checkpoint trained at {SAMPLE_RATE} Hz."
-        )
-    return model
+    return load_policy(base_path(config.base_checkpoint))
 
 
 def load_reward(config):
@@ -333,20 +336,17 @@ def load_reward(config):
     return reward
 
 
-def load_texts(source, split, max_words=0, count=None):
-    "Texts of a split, packaged or from a file, each of them speakable."
+def load_texts(policy, source, split, max_words=0, count=None):
+    "Texts of a split, packaged or from a file, each of which the policy can speak."
     if source == "packaged":
         texts = prompts(split)
+    elif Path(source).is_dir():
+        texts = [row["text"] for row in read_jsonl(Path(source) / "manifest.jsonl")]
     else:
-        folder = Path(source).is_dir()
-        texts = (
-            [row["text"] for row in read_jsonl(Path(source) / "manifest.jsonl")]
-            if folder
-            else read_texts(source)
-        )
+        texts = read_texts(source)
     for number, text in enumerate(texts, 1):
         try:
-            text_to_ids(text)
+            policy.encode([text])
         except UserError as error:
             raise UserError(f"line {number} of {source}: {error}") from error
     short = [text for text in texts if len(text.split()) <= max_words] if max_words else texts
@@ -357,9 +357,20 @@ def load_texts(source, split, max_words=0, count=None):
     return short[:count]
 
 
-def load_recordings(config):
-    "The recorded speech on which the denoising loss is taken, and watched where the method does not take it."
-    return load_corpus(asset("speech_train") if config.corpus == "packaged" else config.corpus)
+def load_recordings(config, policy):
+    """The recorded speech on which the denoising loss is taken, and watched where the method does not take it;
+    None if the packaged one does not fit the policy and the method needs none."""
+    packaged, samples = config.corpus == "packaged", policy.sample_rate / policy.frame_rate
+    fits = samples == HOP and policy.sample_rate == SAMPLE_RATE
+    needed = "denoising" in config.objective.needs and config.objective.denoising_source == "data"
+    if packaged and not fits and not needed:
+        return None
+    if samples != HOP:
+        raise UserError(
+            f"a corpus has {HOP} samples per frame, the policy {policy.kind} has {samples:g}; "
+            "say --denoising-source sample, or choose a method without the denoising loss of recordings."
+        )
+    return load_corpus(asset("speech_train") if packaged else config.corpus, policy.sample_rate)
 
 # %% ../nbs/42_launch.ipynb #20f61c08
 def is_resuming(config):
@@ -550,12 +561,12 @@ def stand_in_base(arch="base"):
     return model
 
 
-def stand_in_texts(count=64, shortest=24, longest=136):
-    "Texts of LJSpeech's length, 80 symbols in the mean, from the words of the packaged ones."
+def stand_in_texts(policy, count=64, shortest=24, longest=136):
+    "Texts of LJSpeech's length, 80 symbols of WaveGrad 2 in the mean, from the words of the packaged ones."
     words, texts = itertools.cycle(" ".join(prompts("train")).replace(".", "").split()), []
     for place in range(count):
         text = next(words)
-        while len(text_to_ids(text)) < shortest + (longest - shortest) * place / max(1, count - 1):
+        while len(policy.encode([text])[0]) < shortest + (longest - shortest) * place / max(1, count - 1):
             text += f" {next(words)}"
         texts.append(f"{text}.")
     return texts
@@ -585,27 +596,28 @@ def stand_in_reward(config):
 
 
 def stand_ins(preset, config):
-    "What a dry run takes where something was not given: a config with packaged held-out texts and speech, the texts, the base and the reward."
+    """What a dry run takes where something was not given:
+    a config with packaged held-out texts and speech, the texts, the base and the reward."""
     given = [name for name, what in (("base", config.base_checkpoint), ("texts", config.texts)) if not what]
     if given and rank() == 0:
         print(f"stand-in: {' and '.join(given)} of the size that the preset wants")
-    texts = load_texts(config.texts, "train", config.max_words) if config.texts else stand_in_texts()
-    config = replace(
-        config, **{name: getattr(config, name) or "packaged" for name in ("heldout_texts", "corpus")}
+    arch = "small" if preset == "small" else "base"
+    model = load_base(config) if config.base_checkpoint else stand_in_base(arch)
+    texts = (
+        load_texts(model, config.texts, "train", config.max_words) if config.texts else stand_in_texts(model)
     )
-    return (
-        config,
-        texts,
-        load_base(config)
-        if config.base_checkpoint
-        else stand_in_base("small" if preset == "small" else "base"),
-        stand_in_reward(config),
-    )
+    packaged = {name: getattr(config, name) or "packaged" for name in ("heldout_texts", "corpus")}
+    return replace(config, **packaged), texts, model, stand_in_reward(config)
 
 # %% ../nbs/42_launch.ipynb #768abde8
 def shared_steps(config):
     "How many of its steps a rollout saves, since its group shares those above the fork."
     return (1 - 1 / config.group_size) * (config.rollout_steps - 1 - config.fork) if config.fork else 0
+
+
+def mean_symbols(policy, texts):
+    "Mean number of symbols of a text."
+    return sum(map(len, policy.encode(texts))) / len(texts)
 
 
 def cheaper_probe(config, model, texts, device):
@@ -627,8 +639,8 @@ def cheaper_probe(config, model, texts, device):
         denoising_levels="random",
     )
     short = sorted(texts, key=len)[: max(2 * world_size(), len(texts) // 10)]
-    phones = lambda some: sum(len(text_to_ids(text)) for text in some) / len(some)
-    share = config.batch_size / small.batch_size * phones(texts) / phones(short)
+    longer = mean_symbols(model, texts) / mean_symbols(model, short)
+    share = config.batch_size / small.batch_size * longer
     trained = (
         config.rollout_steps - 1 if config.train_steps == "all" else int(config.train_steps.partition(":")[2])
     )
@@ -672,9 +684,10 @@ def dry_run(preset, config, device):
     "Two episodes, and what the whole run will cost."
     whole, texts, model, reward = stand_ins(preset, config)
     config, short, factors = cheaper_probe(whole, model, texts, device)
-    tuner = Finetuner(config, model, reward, short, load_recordings(whole), device)
+    tuner = Finetuner(config, model, reward, short, load_recordings(whole, model), device)
     if rank() == 0:
-        banner(preset, whole, texts, load_texts(whole.heldout_texts, "heldout", count=whole.heldout))
+        heldout = load_texts(model, whole.heldout_texts, "heldout", count=whole.heldout)
+        banner(preset, whole, texts, heldout)
         if config.batch_size < whole.batch_size:
             print(
                 f"  measured on {config.batch_size} rollouts of {config.rollout_steps} steps of short texts, and scaled up"
@@ -709,6 +722,7 @@ def recorded(preset, config, inputs):
             "objective": asdict(config.objective),
             "inputs": inputs,
             "flags": settings_said(preset, settings),
+            **({"plugin_content": plugin_fingerprints(config.plugin)} if config.plugin else {}),
         }
     )
 
@@ -734,7 +748,12 @@ def write_record(run, preset, config, inputs, episode):
         check_inputs(begun, inputs, config)
         kept = {name: record[name] for name in (*FREE, *INPUTS) if name not in ("resume", "dry_run")}
         record = (
-            record_changes(begun, record, [name for name in MAY_CHANGE if name in record], episode=episode)
+            record_changes(
+                begun,
+                record,
+                [name for name in (*MAY_CHANGE, "plugin_content") if name in record],
+                episode=episode,
+            )
             | kept
         )
         settings = {name: record[name] for name in config.flat() if name in record}
@@ -806,13 +825,13 @@ def rehearse(preset, config, reward):
     as_reward(reward).pop_components()
 
 # %% ../nbs/42_launch.ipynb #1abf1bd2
-def load_all_texts(config):
-    "Texts to train on, of the evaluation, and to watch, each speakable."
+def load_all_texts(config, policy):
+    "Texts to train on, of the evaluation, and to watch, each of which the policy can speak."
     texts, heldout = (
-        load_texts(config.texts, "train", config.max_words),
-        load_texts(config.heldout_texts, "heldout"),
+        load_texts(policy, config.texts, "train", config.max_words),
+        load_texts(policy, config.heldout_texts, "heldout"),
     )
-    watched = load_texts(config.watch_from, "") if config.watch_from else heldout[config.heldout :]
+    watched = load_texts(policy, config.watch_from, "") if config.watch_from else heldout[config.heldout :]
     if config.watch_every and not watched:
         raise UserError(
             f"--watch-every needs texts: there are none behind the {config.heldout} of the evaluation; lower --heldout, or give --watch-from."
@@ -847,9 +866,10 @@ def carry_out(preset, config, device):
             else None
         )
     )
-    placed, (texts, heldout, watched) = replace(config, device=str(device)), load_all_texts(config)
-    reward, model = load_reward(placed), load_base(config)
-    tuner = Finetuner(config, model, reward, texts, load_recordings(config), device)
+    placed, model = replace(config, device=str(device)), load_base(config)
+    texts, heldout, watched = load_all_texts(config, model)
+    reward = load_reward(placed)
+    tuner = Finetuner(config, model, reward, texts, load_recordings(config, model), device)
     on_first_rank(lambda: rehearse(preset, placed, reward))
     if rank() == 0:
         banner(preset, config, texts, heldout)
@@ -865,9 +885,7 @@ def check_before(preset, config, argv):
     if config.dry_run:
         return argv
     check_given(config)
-    load_all_texts(config)
-    if not base_path(config.base_checkpoint).is_file():
-        raise UserError(f"there is no checkpoint at {config.base_checkpoint}; check --base-checkpoint.")
+    load_all_texts(config, load_base(config))
     run = open_run(preset, config)
     unlock_folders()  # it is for the first of the processes
     out = str(run.path)

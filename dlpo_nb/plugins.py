@@ -122,7 +122,8 @@ def run_plugins(
 
 def plugin_fingerprints(paths) -> dict:  # {file name: fingerprint}
     "What was in the loaded plug-ins. Raises UserError if two have the same file name, which a run tells them by."
-    prints = {Path(path).name: LOADED[str(path)] for path in paths}
-    if len(prints) < len(paths):
-        raise UserError(f"two of the plug-ins {', '.join(paths)} have the same file name; rename one.")
+    absolute = load_plugins(paths)
+    prints = {Path(path).name: LOADED[path] for path in absolute}
+    if len(prints) < len(absolute):
+        raise UserError(f"two of the plug-ins {', '.join(absolute)} have the same file name; rename one.")
     return prints

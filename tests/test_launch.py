@@ -15,6 +15,7 @@ from dlpo_nb.evaluate import judge_options
 from dlpo_nb.launch import (
     LaunchConfig,
     banner,
+    load_base,
     load_reward,
     parse,
     recorded,
@@ -260,12 +261,12 @@ def test_rewards_of_a_run():
 
 
 def test_texts_of_a_corpus_and_of_the_watch():
-    folder = str(asset("speech_train"))
-    texts, heldout, watched = load_all_texts(LaunchConfig(texts=folder, watch_every=1, watch_texts=3))
+    folder, voice = str(asset("speech_train")), load_base(LaunchConfig())
+    texts, heldout, watched = load_all_texts(LaunchConfig(texts=folder, watch_every=1, watch_texts=3), voice)
     assert len(texts) > 50 and len(heldout) == 64 and len(watched) == 3 and not set(watched) & set(heldout)
-    assert load_all_texts(LaunchConfig(watch_every=1, heldout=96, watch_from=folder))[2]
+    assert load_all_texts(LaunchConfig(watch_every=1, heldout=96, watch_from=folder), voice)[2]
     with pytest.raises(UserError, match="--watch-from"):
-        load_all_texts(LaunchConfig(watch_every=1, heldout=96))
+        load_all_texts(LaunchConfig(watch_every=1, heldout=96), voice)
 
 
 def test_dry_run_of_the_paper():

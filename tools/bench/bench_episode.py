@@ -59,9 +59,9 @@ def level(audio, lengths, rate, texts):
     return torch.stack([a[:n].square().mean() for a, n in zip(audio, lengths)])
 
 
-def load_all_texts(config):
+def texts_for(model, config):
     """As many texts as the batch has, of about the length asked for."""
-    return stand_in_texts(config.batch_size, config.symbols, config.symbols)
+    return stand_in_texts(model, config.batch_size, config.symbols, config.symbols)
 
 
 def tuner_of(config, settings, device):
@@ -83,8 +83,8 @@ def tuner_of(config, settings, device):
         paper.resolved(),
         model,
         UTMOS.untrained(config.device) if config.utmos else level,
-        load_all_texts(config),
-        load_recordings(paper),
+        texts_for(model, config),
+        load_recordings(paper, model),
         device,
     )
     if config.compile:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_episode import Config, level, load_all_texts
+from bench_episode import Config, level, texts_for
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner
@@ -46,13 +46,9 @@ def peak(options):
             **options | {"micro_batch": max(count, 1)},
         )
     ).resolved()
-    tuner = Finetuner(
-        paper,
-        stand_in_base(),
-        level,
-        load_all_texts(Config(batch_size=paper.batch_size, symbols=SYMBOLS)),
-        load_recordings(paper),
-    )
+    model = stand_in_base()
+    texts = texts_for(model, Config(batch_size=paper.batch_size, symbols=SYMBOLS))
+    tuner = Finetuner(paper, model, level, texts, load_recordings(paper, model))
     if count == 0:  # as after a step: the moments are there, and no activations
         for p in tuner.parameters:
             p.grad = torch.zeros_like(p)

@@ -22,7 +22,7 @@ PHASES = ("seconds/rollout", "seconds/update", "seconds")
 
 def main():
     torch.set_num_threads(1)
-    texts, corpus = prompts("train")[:2], load_recordings(LaunchConfig())
+    texts, corpus = prompts("train")[:2], load_recordings(LaunchConfig(), load_base(LaunchConfig()))
     tuners = {
         m: Finetuner(FinetuneConfig.of(m, batch_size=16), load_base(LaunchConfig()), level, texts, corpus)
         for m in OBJECTIVES.names()
