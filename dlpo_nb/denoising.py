@@ -9,7 +9,7 @@ __all__ = ['windowed_loss', 'grid_level', 'recorded_batch', 'speech_batches', 'd
 import torch
 
 from .core import keyed_generator
-from .data import collate
+from .corpus import collate
 from .distributed import shard
 from .gradients import Log
 from .mdp import keyed_noise

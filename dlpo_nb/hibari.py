@@ -29,7 +29,7 @@ import torch
 
 from .audio import SAMPLE_RATE, resample
 from .core import UserError
-from .data import HOP, keep_utterance
+from .corpus import HOP, keep_utterance
 from .text import VOWELS, normalise, phones_to_ids, text_to_phones
 
 # %% ../nbs/03c_hibari.ipynb #02584b87

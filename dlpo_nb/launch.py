@@ -35,14 +35,13 @@ from dlpo_nb.core import (
     base_path,
     fingerprint,
     in_force,
-    lock_folder,
     plain,
     read_jsonl,
     record_changes,
     run_main,
-    unlock_folders,
 )
-from .data import HOP, load_corpus
+from .corpus import HOP, load_corpus
+from .locks import lock_folder, unlock_folders
 from dlpo_nb.distributed import (
     begun_here,
     on_first_rank,

@@ -38,7 +38,7 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample
 from .core import UserError, append_jsonl, asset, atomic_write, read_jsonl, run_main, split_lines
-from .data import FINAL_PAUSE, FRAME_RATE, HOP, ends_in_pause, keep_utterance
+from .corpus import FINAL_PAUSE, FRAME_RATE, HOP, ends_in_pause, keep_utterance
 from .text import PHONES, SILENCES, phones_to_ids, pronunciations, text_to_phones, text_to_words
 
 # %% ../nbs/03b_ljspeech.ipynb #1393b765

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_steps', 'step_weight', 'Trajectory', 'spread', 'keyed_noise', 'step_noise', 'predict_noise', 'action_log_prob',
-           'x0_clipped_share', 'rollout', 'replay', 'select_text']
+           'x0_clipped_share', 'check_fork', 'reverse_chain', 'rollout', 'replay', 'select_text']
 
 # %% ../nbs/10_mdp.ipynb #c4c5e674
 from dataclasses import dataclass, replace
@@ -129,6 +129,38 @@ def x0_clipped_share(schedule, eps, x, t, mask):
     return (outside.sum(1) / mask.sum(1)).mean()
 
 # %% ../nbs/10_mdp.ipynb #e0b1f13d
+def check_fork(steps: list, fork: int | None):
+    "Raises UserError if a trained step lies above the fork, where the members of a group share their action."
+    if fork is not None and max(steps) > fork:
+        raise UserError(
+            f"step {max(steps)} is trained but lies above the fork at step {fork}, "
+            "where all members of a group act alike; "
+            f"train steps up to {fork} or fork earlier."
+        )
+
+
+def reverse_chain(
+    policy,  # a Policy
+    schedule,  # NoiseSchedule with K steps
+    conditioning: Conditioning,  # of the B texts
+    noise,  # step -> (B, N) above the fork, else (B*G, N); that of step K is x_T
+    steps: list,  # trained steps, whose pairs are kept
+    reduction: str = "mean",  # of log-probabilities over the numbers of a state: mean or sum
+):  # x_0 (B*G, N), list of (x_t, x_prev, log_prob (B*G,), x0_clipped_share) for each trained step
+    "From noise to the last state; the last step is no action, since there is nothing random in it."
+    x, mask, pairs = noise(schedule.num_steps), state_mask(conditioning.frames, policy.width), []
+    for t in range(schedule.num_steps - 1, 0, -1):
+        eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
+        action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z) * z
+        if t in steps:
+            eps_of_each, x_t, mask_of_each = (spread(values, len(action)) for values in (eps, x, mask))
+            log_prob = schedule.transition_log_prob(eps_of_each, x_t, action, t, mask_of_each, reduction)
+            pairs.append((x, action, log_prob, x0_clipped_share(schedule, eps, x, t, mask)))
+        x = action
+    eps = predict_noise(policy, schedule, x, conditioning, 0)
+    return schedule.mean(eps, x, 0) * spread(mask, len(x)), pairs
+
+
 @torch.no_grad()
 def rollout(
     policy,  # a Policy
@@ -142,49 +174,33 @@ def rollout(
     fork: int | None = None,  # members share the chain above this step; None: they share nothing
     reduction: str = "mean",  # of log-probabilities over the numbers of a state: mean or sum
 ) -> Trajectory:
-    """Run the reverse chain of B texts x G members and keep the pairs of `steps`. Raises UserError if a
-    step lies above the fork."""
-    if fork is not None and max(steps) > fork:
-        raise UserError(
-            f"step {max(steps)} is trained but lies above the fork at step {fork}, "
-            "where all members of a group act alike; "
-            f"train steps up to {fork} or fork earlier."
-        )
+    "Run the reverse chain of B texts x G members and keep the pairs of the trained steps."
+    check_fork(steps, fork)
     device = next(policy.parameters()).device
     ids, lengths = (v.to(device) for v in pad_ids(ids))
     conditioning = policy.condition(ids, lengths)
-    sizes, mask = conditioning.frames * policy.width, state_mask(conditioning.frames, policy.width)
+    sizes = conditioning.frames * policy.width
     noise = partial(step_noise, key, indices, sizes.tolist(), group_size, fork=fork, device=device)
-    x, kept = noise(schedule.num_steps), []  # x_T: its step is one above the first
-    for t in range(schedule.num_steps - 1, 0, -1):
-        eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
-        action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z) * z
-        if t in steps:
-            rows = [spread(values, len(action)) for values in (eps, x, mask)]
-            log_prob = schedule.transition_log_prob(rows[0], rows[1], action, t, rows[2], reduction)
-            kept.append((x, action, log_prob, x0_clipped_share(schedule, eps, x, t, mask)))
-        x = action
-    eps = predict_noise(policy, schedule, x, conditioning, 0)
-    x_0 = schedule.mean(eps, x, 0) * spread(mask, len(x))  # no action: there is nothing random in it
+    x_0, pairs = reverse_chain(policy, schedule, conditioning, noise, steps, reduction)
     audio, audio_lengths = policy.render(x_0, conditioning.repeat(group_size))
-    x_t, x_prev, log_prob, clipped = zip(*kept)
+    x_t, x_prev, log_prob, clipped = zip(*pairs)
     return Trajectory(
-        list(indices),
-        [text for text in texts for _ in range(group_size)],
-        ids,
-        lengths,
-        conditioning,
-        group_size,
-        list(steps),
-        x_t,
-        x_prev,
-        torch.stack(log_prob),
-        reduction,
-        x_0,
-        sizes.repeat_interleave(group_size),
-        audio,
-        audio_lengths,
-        float(torch.stack(clipped).mean()),
+        indices=list(indices),
+        texts=[text for text in texts for _ in range(group_size)],
+        ids=ids,
+        lengths=lengths,
+        conditioning=conditioning,
+        group_size=group_size,
+        steps=list(steps),
+        x_t=x_t,
+        x_prev=x_prev,
+        log_prob=torch.stack(log_prob),
+        reduction=reduction,
+        x_0=x_0,
+        x_0_lengths=sizes.repeat_interleave(group_size),
+        audio=audio,
+        audio_lengths=audio_lengths,
+        x0_clipped_share=float(torch.stack(clipped).mean()),
     )
 
 # %% ../nbs/10_mdp.ipynb #3af4171f

@@ -40,15 +40,14 @@ from dlpo_nb.core import (
     base_path,
     fingerprint,
     keyed_generator,
-    lock_folder,
     plain,
     record_changes,
     run_main,
     save_tensors,
     set_seed,
-    unlock_folders,
 )
-from .data import Corpus, load_corpus
+from .locks import lock_folder, unlock_folders
+from .corpus import Corpus, load_corpus
 from .diffusion import NoiseSchedule
 from dlpo_nb.distributed import (
     all_reduce_sum,

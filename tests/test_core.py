@@ -22,15 +22,14 @@ from dlpo_nb.core import (
     fingerprint,
     in_force,
     keyed_generator,
-    lock_folder,
     pick_device,
     plain,
     provide_home,
     read_jsonl,
     record_changes,
     split_lines,
-    unlock_folders,
 )
+from dlpo_nb.locks import lock_folder, unlock_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,7 +173,7 @@ def test_lines_end_in_line_ends_and_nothing_else():
 
 
 HOLD = (
-    "import sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1]); "
+    "import sys, time; from dlpo_nb.locks import lock_folder; lock_folder(sys.argv[1]); "
     "print('locked', flush=True); time.sleep(600)"
 )
 
@@ -201,7 +200,7 @@ def test_a_folder_is_one_processs_until_it_is_killed(tmp_path):
 def test_forked_children_have_no_part_in_a_lock(tmp_path):
     """They may outlive a process that was killed, as readers of a corpus do for some seconds."""
     code = (
-        "import os, sys, time; from dlpo_nb.core import lock_folder; lock_folder(sys.argv[1])\n"
+        "import os, sys, time; from dlpo_nb.locks import lock_folder; lock_folder(sys.argv[1])\n"
         "child = os.fork()\nif child: print(child, flush=True); os.kill(os.getpid(), 9)\ntime.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)

@@ -14,7 +14,8 @@ import torch
 
 from dlpo_nb import data as dd
 from dlpo_nb.core import UserError, read_jsonl
-from dlpo_nb.data import CorpusConfig, bucketed_batches, collate, fragments, load_corpus, make_corpus
+from dlpo_nb.corpus import bucketed_batches, collate, load_corpus
+from dlpo_nb.data import CorpusConfig, fragments, make_corpus
 from dlpo_nb.text import phones_to_ids
 
 FAKE = """#!{python}
@@ -236,7 +237,7 @@ def test_load_corpus(data):
 
 def test_a_large_corpus_stays_on_disk(data, tmp_path, monkeypatch):
     held = load_corpus(data / "corpus_tiny")
-    monkeypatch.setattr("dlpo_nb.data.HELD", sum(item.samples for item in held) - 1)
+    monkeypatch.setattr("dlpo_nb.corpus.HELD", sum(item.samples for item in held) - 1)
     folder = corrupt_copy(data, tmp_path)
     corpus = load_corpus(folder)
     assert all(item.held is None for item in corpus) and all(item.held is not None for item in held)

@@ -9,7 +9,7 @@ import torch
 from small_policy import TEXTS, TINY, make_model, make_rollout, make_tuner, quiet, spoken
 
 from dlpo_nb.core import UserError
-from dlpo_nb.data import load_corpus
+from dlpo_nb.corpus import load_corpus
 from dlpo_nb.config import FinetuneConfig, applicable, from_flags
 from dlpo_nb.denoising import grid_level
 from dlpo_nb.diagnostics import gradient_signal

@@ -13,7 +13,8 @@ import pytest
 
 from dlpo_nb import hibari
 from dlpo_nb.core import UserError, append_jsonl, read_jsonl
-from dlpo_nb.data import CorpusConfig, collate, load_corpus, make_corpus
+from dlpo_nb.corpus import collate, load_corpus
+from dlpo_nb.data import CorpusConfig, make_corpus
 from dlpo_nb.hibari import (
     RATE,
     UNIT,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dlpo_nb import launch as module
-from dlpo_nb.core import UserError, asset, lock_folder, run_main, unlock_folders
+from dlpo_nb.core import UserError, asset, run_main
+from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.evaluate import judge_options
 from dlpo_nb.launch import (
     LaunchConfig,

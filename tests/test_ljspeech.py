@@ -15,7 +15,7 @@ import torch
 
 from dlpo_nb import ljspeech as lj
 from dlpo_nb.core import UserError, asset, read_jsonl
-from dlpo_nb.data import load_corpus
+from dlpo_nb.corpus import load_corpus
 from dlpo_nb.ljspeech import (
     Alignment,
     LJSpeechConfig,

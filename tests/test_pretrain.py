@@ -18,8 +18,9 @@ from deterministic_weights import fill, integers, noise, waveform
 from test_distributed import workers
 
 from dlpo_nb import pretrain as module
-from dlpo_nb.core import UserError, asset, lock_folder, unlock_folders
-from dlpo_nb.data import Item, load_corpus
+from dlpo_nb.core import UserError, asset
+from dlpo_nb.locks import lock_folder, unlock_folders
+from dlpo_nb.corpus import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.pretrain import (
     REFERENCE,
@@ -536,7 +537,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_last_state(config, monkeypatc
 @pytest.mark.parametrize("workers", [0, 1])
 def test_audio_that_breaks_on_the_way_is_one_sentence(config, tmp_path, monkeypatch, workers):
     folder = Path(shutil.copytree(CORPUS, tmp_path / "corpus"))
-    monkeypatch.setattr("dlpo_nb.data.HELD", 0)
+    monkeypatch.setattr("dlpo_nb.corpus.HELD", 0)
     run = prepare(replace(config, corpus=folder, workers=workers))
     for path in (folder / "audio").iterdir():
         path.unlink()

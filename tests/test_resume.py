@@ -17,7 +17,8 @@ from shared_work import MORE, reward
 from small_policy import TINY, make_model, spoken
 
 from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranking, save_last, states
-from dlpo_nb.core import RunDir, UserError, read_jsonl, unlock_folders
+from dlpo_nb.core import RunDir, UserError, read_jsonl
+from dlpo_nb.locks import unlock_folders
 from dlpo_nb.finetune import Finetuner
 from dlpo_nb.launch import LaunchConfig, applicable, begin, check_resumed, stored_config, train
 from dlpo_nb.weights import read_safetensors

@@ -15,7 +15,7 @@ from tiny_whisper import save_tiny_whisper
 
 from dlpo_nb.audio import resample
 from dlpo_nb.core import UserError
-from dlpo_nb.data import load_corpus
+from dlpo_nb.corpus import load_corpus
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards import wer as module
 from dlpo_nb.rewards.wer import (

@@ -13,7 +13,7 @@ import torch
 
 from dlpo_nb.audio import SAMPLE_RATE
 from dlpo_nb.core import base_path
-from dlpo_nb.data import load_corpus
+from dlpo_nb.corpus import load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.heldout import synthesise_all
 from dlpo_nb.rewards.wer import WER, pooled_wer

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dlpo_nb.audio import log_mel
-from dlpo_nb.data import load_corpus
+from dlpo_nb.corpus import load_corpus
 from dlpo_nb.heldout import measure
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
