@@ -7,7 +7,10 @@ from pathlib import Path
 
 from dlpo_nb.core import run_main
 from dlpo_nb.distributed import run_process
-from dlpo_nb.pretrain import PretrainConfig, Steps, make_optimisers, prepare, save, train_step
+from dlpo_nb.optimisers import make_optimisers
+from dlpo_nb.pretrain import prepare, train_step
+from dlpo_nb.pretrain_settings import PretrainConfig
+from dlpo_nb.training_run import save
 
 
 def train(settings):
@@ -15,7 +18,7 @@ def train(settings):
     run = prepare(config)
     run.model.double(), run.average.double()
     run.optimisers = make_optimisers(run.model, config.optimiser, config.lr, config.matrix_lr)
-    steps = Steps(config, run.items, run.model.hop)
+    steps = run.recipe.steps(run.model, run.items)
     for step in range(config.steps):
         train_step(
             run,

@@ -1,4 +1,4 @@
-"""What 09_pretrain does not show: interruption, damaged states, the command line, the slices of tools/gpu."""
+"""What 46_pretrain does not show: interruption, damaged states, the command line, the slices of tools/gpu."""
 
 import json
 import os
@@ -22,24 +22,11 @@ from dlpo_nb.core import UserError, asset
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.corpus import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.pretrain import (
-    REFERENCE,
-    PretrainConfig,
-    Pretraining,
-    Steps,
-    batch_losses,
-    draw_start,
-    first_model,
-    fit,
-    make_optimisers,
-    new_model,
-    parse,
-    prepare,
-    pretrain,
-    train_step,
-    validate,
-    window_batch,
-)
+from dlpo_nb.optimisers import make_optimisers
+from dlpo_nb.pretrain import fit, prepare, pretrain, train_step, validate
+from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
+from dlpo_nb.training_run import Pretraining, first_model
+from dlpo_nb.wavegrad2.training import Windows, batch_losses, draw_start, new_model, window_batch
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,8 +123,8 @@ def test_windows_reach_the_last_frame_and_mask_the_padding(config):
 def test_rows_of_a_batch_do_not_depend_on_who_makes_them(config):
     items = load_corpus(CORPUS)
     whole, part = (
-        Steps(replace(config, batch_size=5), items, 300),
-        Steps(replace(config, batch_size=5), items, 300),
+        Windows(replace(config, batch_size=5), items, 300),
+        Windows(replace(config, batch_size=5), items, 300),
     )
     part.rows = [1, 4]
     a, b = whole[3], part[3]
@@ -152,7 +139,7 @@ def test_rows_of_a_batch_do_not_depend_on_who_makes_them(config):
 
 def test_a_step_hears_the_same_whatever_came_before(config):
     items = Pretraining(config).items
-    one, two = Steps(config, items, 300), Steps(config, items, 300)
+    one, two = Windows(config, items, 300), Windows(config, items, 300)
     one[0], one[1]
     assert all(torch.equal(a, b) for a, b in zip(one[7].values(), two[7].values()))
     assert not torch.equal(one[7]["noise"], one[8]["noise"])
@@ -452,7 +439,7 @@ def test_reference_sets_what_no_flag_says():
 
 def test_bfloat16_trains_with_float32_losses_and_weights(config):
     run = Pretraining(config)
-    batch = Steps(config, run.items, 300)[0]
+    batch = Windows(config, run.items, 300)[0]
     losses = {
         precision: torch.stack(batch_losses(run.average, batch, precision))
         for precision in ("float32", "bfloat16")

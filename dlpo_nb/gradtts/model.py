@@ -124,16 +124,21 @@ class MelPolicy(Policy):
         mels = self.to_log_mel(x_0, conditioning)
         return self.vocoder(mels, conditioning.frames * self.stack), conditioning.frames * self.hop
 
+    def normalised_mel(self, audio, frames):  # (B, N), (B,) -> (B, max(frames), width), 0 past an item's end
+        "What the state is a residual of, of recordings."
+        c, mels = self.config, audio.new_zeros(len(audio), int(frames.max()), self.width)
+        for size in frames.unique().tolist():  # items of equal length together, each without padding
+            rows = (frames == size).nonzero().flatten()
+            found = log_mel(audio[rows, : size * self.hop], self.mel).transpose(1, 2)
+            mels[rows, :size] = ((found - c.mel_mean) / c.mel_std).unflatten(1, (-1, self.stack)).flatten(2)
+        return mels
+
     def analyse(self, audio, conditioning):
-        c, mu = self.config, self.expected(conditioning)
-        x_0 = torch.zeros_like(mu)
-        # items of equal length together, each without padding
-        for size in conditioning.frames.unique().tolist():
-            rows = (conditioning.frames == size).nonzero().flatten()
-            mels = log_mel(audio[rows, : size * self.hop], self.mel).transpose(1, 2)
-            normalised = ((mels - c.mel_mean) / c.mel_std).unflatten(1, (-1, self.stack)).flatten(2)
-            x_0[rows, :size] = (normalised - mu[rows, :size]) / c.residual_std
-        return x_0.flatten(1)
+        inside = (
+            torch.arange(int(conditioning.frames.max()), device=audio.device) < conditioning.frames[:, None]
+        )
+        residual = self.normalised_mel(audio, conditioning.frames) - self.expected(conditioning)
+        return (residual / self.config.residual_std * inside[..., None]).flatten(1)
 
     def predict_noise(self, x, hidden, level, frames=None):
         frames = torch.full((len(x),), hidden.shape[2], device=x.device) if frames is None else frames
