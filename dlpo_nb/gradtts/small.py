@@ -118,7 +118,8 @@ class Decoder(nn.Module):
     def features(self, level: torch.Tensor) -> torch.Tensor:  # (B, 1) -> (B, 1, 2 * sines + 1)
         "What a noise level looks like to the network."
         square = level.double().square()
-        ratio = ((square / (1 - square)).log() / 4).float().unsqueeze(-1)
+        # a level between clean speech and the first step may be 1 in float32
+        ratio = ((square / (1 - square).clamp(min=5e-7)).log() / 4).float().unsqueeze(-1)
         angles = ratio * torch.exp(torch.linspace(-1.5, 2.5, self.sines, device=level.device))
         return torch.cat([ratio / 2, angles.sin(), angles.cos()], -1)
 
