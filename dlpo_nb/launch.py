@@ -552,7 +552,7 @@ class SteadyPace(torch.nn.Module):
 
 def stand_in_base(arch="base"):
     "A model of that size with random weights that speaks six frames a symbol."
-    from dlpo_nb.pretrain import new_model
+    from dlpo_nb.wavegrad2.training import new_model
 
     torch.manual_seed(0)
     model = new_model(arch).eval()

@@ -18,7 +18,9 @@ from unittest import mock
 
 import torch
 
-from dlpo_nb import pretrain
+from dlpo_nb import pretrain, recipes
+from dlpo_nb.pretrain_settings import PretrainConfig
+from dlpo_nb.wavegrad2 import training
 from dlpo_nb.core import environment
 
 SETTINGS = {  # flags, and what is changed about the network
@@ -39,15 +41,15 @@ def train(corpus, minutes, flags, network):
     if network == "loud":
         changes.append(
             mock.patch.object(
-                pretrain, "new_model", lambda arch, quiet=True, new=pretrain.new_model: new(arch, quiet=False)
+                recipes, "new_model", lambda arch, quiet=True: training.new_model(arch, quiet=False)
             )
         )
     if network == "plain":
-        changes.append(mock.patch.dict(pretrain.NARROW, preconditioned=False))
+        changes.append(mock.patch.dict(training.NARROW, preconditioned=False))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)
-        config = pretrain.PretrainConfig(
+        config = PretrainConfig(
             Path(corpus),
             Path(folder) / "run",
             minutes=minutes,
