@@ -26,12 +26,11 @@ from .audio import write_audio
 from dlpo_nb.core import (
     UserError,
     keyed_generator,
-    lock_folder,
     plain,
     record_changes,
     run_main,
-    unlock_folders,
 )
+from .locks import lock_folder, unlock_folders
 from dlpo_nb.distributed import (
     all_reduce_sum, on_first_rank, rank, run_process, shard, start_processes, under_torchrun, world_size,
     write_environment,

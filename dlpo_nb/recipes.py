@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from .audio import SAMPLE_RATE
 from .core import UserError, keyed_generator
-from .data import collate
+from .corpus import collate
 from .distributed import shard, world_size
 from .gradtts.model import GradTTS, GradTTSConfig
 from .gradtts.sde import time_of_level

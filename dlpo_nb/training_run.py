@@ -15,10 +15,11 @@ import pickle
 import torch
 
 from dlpo_nb.core import (
-    RunDir, UserError, base_path, fingerprint, lock_folder, plain, save_tensors, set_seed,
+    RunDir, UserError, base_path, fingerprint, plain, save_tensors, set_seed,
 )  # fmt: skip
-from .data import Corpus, load_corpus
+from .corpus import Corpus, load_corpus
 from .distributed import begun_here, join, on_first_rank, world_size
+from .locks import lock_folder
 from .optimisers import make_optimisers
 from .policy import load_policy
 from .pretrain_settings import FREE, MAY_CHANGE, check_config

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from ..core import UserError, keyed_generator
+from ..core import keyed_generator
 from ..diffusion import NoiseSchedule
 from ..policy import denoising_loss, duration_loss
 from ..text import pad_ids
