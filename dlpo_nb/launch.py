@@ -328,7 +328,7 @@ def load_base(config):
 
 def load_reward(config):
     "The reward of a run; UserError where it would pay for what is bad."
-    from dlpo_nb.evaluate import judge_options
+    from dlpo_nb.judges import judge_options
 
     reward = get_reward(config.reward, config.normalise, **judge_options(config.reward, config))
     check_as_reward(reward)
@@ -573,7 +573,7 @@ def stand_in_texts(policy, count=64, shortest=24, longest=136):
 # %% ../nbs/42_launch.ipynb #47ce5cd7
 def stand_in_reward(config):
     "The reward, with an untrained UTMOS where there are no weights for one, and without parts that are only logged and cannot be had."
-    from dlpo_nb.evaluate import judge_options
+    from dlpo_nb.judges import judge_options
     from dlpo_nb.rewards.utmos import UTMOS, find_utmos_weights
 
     say = print if rank() == 0 else lambda line: None

@@ -16,19 +16,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from toy_mel import make_toy_mel
 
 from dlpo_nb.audio import log_mel
 from dlpo_nb.rewards.base import Failure
 from dlpo_nb.core import UserError, asset
 from dlpo_nb.diffusion import NoiseSchedule
+from dlpo_nb.evaluate import EvaluateConfig, main, speak
 from dlpo_nb.evaluate import evaluate as compare_all
-from dlpo_nb.evaluate import (
-    EvaluateConfig,
-    ScoreCache,
-    ask,
-    main,
-    speak,
-)
 from dlpo_nb.heldout import (
     compare,
     format_table,
@@ -41,9 +36,12 @@ from dlpo_nb.heldout import (
     verdict,
     write_rows,
 )
+from dlpo_nb.judges import find_judges, judge_options, weights_of
+from dlpo_nb.judging import ScoreCache, ask, pooled_rates
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
+from dlpo_nb.rewards.base import WeightsFrom
 from dlpo_nb.statistics import bootstrap_interval
-from dlpo_nb.systems import System, read_clip
+from dlpo_nb.systems import Clip, System, read_clip
 from dlpo_nb.text import prompts
 from dlpo_nb.text import text_to_ids
 from dlpo_nb.wavegrad2.model import AUDIO_MAX, load_wavegrad2
@@ -54,7 +52,7 @@ TEXTS = ["Good morning.", "The kettle is on.", "Six grey geese crossed the wide 
 
 
 class Toy(torch.nn.Module):
-    "A policy that is exact a sample at a time, so that batching must not change a bit; `slow` frames a symbol."
+    "A policy that is exact per sample, so that batching must not change a bit; `slow` frames per symbol."
 
     width = 300
 
@@ -377,7 +375,7 @@ def test_every_wrong_recording_is_named_once_and_the_others_are_judged(evaluated
             and word in found[0]["reason"]
             and word in done.stdout
         )
-    assert len(failures) == 6 and "2 channels were averaged; resampled from 44100 Hz" in done.stdout
+    assert len(failures) == 6 and "2.wav: its 2 channels were averaged" in done.stdout
     judged = read_rows(out / "evaluation.csv")["theirs"]
     assert [i for i, row in enumerate(judged) if "dnsmos" in row] == [0, 2] and abs(
         judged[2]["seconds"] - 30000 / 44100
@@ -449,6 +447,10 @@ def test_a_diverged_model_is_a_failure_not_a_crash(tmp_path):
     )
 
 
+def ones(n, rate=22050):
+    return Clip(torch.ones(n), rate)
+
+
 def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
     class Judge(Reward):
         min_seconds, name = 0.0, "judge"
@@ -459,14 +461,84 @@ def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
             return [math.nan if text == "odd" else len(clip) for clip, text in zip(clips, texts)]
 
     judge = Judge()
-    _, odd, last = ask(judge, "judge", [torch.ones(5)] * 3, ["a", "odd", "b"])
+    _, odd, last = ask(judge, "judge", [ones(5)] * 3, ["a", "odd", "b"])
     assert str(odd) == "judge cannot hear it: its score is not finite" and last == 5
     book = ScoreCache(tmp_path / "scores.jsonl")
-    found = book.ask(judge, "judge", {}, [torch.ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
+    found = book.ask(judge, "judge", {}, [ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
     assert found[0] == 10 and str(found[1]) == "too long" and found[2] == 30 and len(book.known) == 2
-    assert (
-        book.ask(judge, "judge", {"weights": "other"}, [torch.ones(5)], ["a"]) == [5] and len(book.known) == 3
+    assert book.ask(judge, "judge", {"weights": "other"}, [ones(5)], ["a"]) == [5] and len(book.known) == 3
+
+
+class Seconds(Reward):
+    "What a judge is told of the time an utterance takes, times the number that its weights are."
+
+    name, weights_from = "seconds_heard", WeightsFrom("", "weights", "SECONDS_WEIGHTS")
+
+    def __init__(self, weights=None):
+        self.factor = float(weights or self.found_weights() or 1)
+        self.rates = set()
+
+    def score_clips(self, clips, sample_rate, texts):
+        self.rates.add(sample_rate)
+        return [self.factor * len(clip) / sample_rate for clip in clips]
+
+
+def test_each_recording_is_judged_at_its_own_rate(tmp_path, monkeypatch):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i, rate in enumerate((16000, 24000, 44100, 24000)):
+        soundfile.write(folder / f"{i}.wav", (0.1 * torch.sin(torch.arange(rate) * 0.05)).numpy(), rate)
+    made = []
+    monkeypatch.setitem(REWARDS.entries, "seconds_heard", lambda: made.append(Seconds()) or made[-1])
+    config = EvaluateConfig(
+        systems=(str(folder),),
+        texts=str(tmp_path / "texts.txt"),
+        metrics="seconds_heard",
+        out=str(tmp_path / "out"),
     )
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = compare_all(config)
+    rows = read_rows(tmp_path / "out" / "evaluation.csv")["mixed"]
+    assert made[0].rates == {16000, 24000, 44100} and not result["failures"]
+    assert [row["seconds"] for row in rows] == [1] * 4 == [row["seconds_heard"] for row in rows]
+
+
+def test_a_score_is_kept_by_rate_and_by_the_weights_of_any_judge(tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS.entries, "seconds_heard", Seconds)
+    cache, config = ScoreCache(tmp_path / "scores.jsonl"), EvaluateConfig()
+    for weights, rate, want in (("", 22050, 2), ("", 44100, 1), ("3", 44100, 3)):
+        monkeypatch.setenv("SECONDS_WEIGHTS", weights)
+        judges, notes = find_judges(["seconds_heard"], config)
+        used = weights_of("seconds_heard", config)
+        assert used == {"seconds_heard": weights} and not notes
+        clip = [ones(44100, rate)]
+        assert cache.ask(judges["seconds_heard"], "seconds_heard", used, clip, ["a"]) == [want]
+        assert cache.ask(None, "seconds_heard", used, clip, ["a"]) == [want], "nobody is asked again"
+    assert judge_options("seconds_heard", config) == {}
+
+
+def test_a_voice_of_another_rate_is_spoken_and_judged_at_it(tmp_path, monkeypatch):
+    model = make_toy_mel()
+    model.save(tmp_path / "toy.safetensors")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    made = []
+    monkeypatch.setitem(REWARDS.entries, "seconds_heard", lambda: made.append(Seconds()) or made[-1])
+    config = EvaluateConfig(
+        systems=(str(tmp_path / "toy.safetensors"),),
+        texts=str(tmp_path / "texts.txt"),
+        metrics="seconds_heard",
+        rollout_steps=2,
+        level_normalised=False,
+        device="cpu",
+        out=str(tmp_path / "out"),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        compare_all(config)
+    rate = soundfile.info(tmp_path / "out" / "audio" / "toy" / "000.wav").samplerate
+    assert rate == model.sample_rate != 22050 and made[0].rates == {rate}
+    rows = read_rows(tmp_path / "out" / "evaluation.csv")["toy"]
+    assert all(row["seconds"] == pytest.approx(row["seconds_heard"]) for row in rows)
 
 
 def test_a_word_error_rate_is_heard_once_and_less_is_better(theirs, texts_file, tmp_path, monkeypatch):
@@ -478,6 +550,8 @@ def test_a_word_error_rate_is_heard_once_and_less_is_better(theirs, texts_file, 
         device: str = "auto"
         most: float = 1.0
         lower_is_better = True
+        weights_from = WeightsFrom("whisper", "model", "DLPO_WHISPER_MODEL")
+        report_options = {"most": math.inf}
 
         def score_clips(self, clips, sample_rate, texts):
             assert self.model == "whisper-folder" and self.device == "cpu" and self.most == math.inf, (
@@ -673,7 +747,6 @@ def test_what_a_judge_refuses_is_left_out_on_both_sides():
 
 
 def test_a_text_that_is_refused_of_one_system_is_left_out_for_all():
-    from dlpo_nb.evaluate import pooled_rates
     from dlpo_nb.statistics import compare_systems, table_against
 
     rows = {

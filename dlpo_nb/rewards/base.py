@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'REWARDS', 'TOKEN', 'NORMALISATIONS', 'check_batch', 'Failure', 'unusable', 'without_autocast', 'remark_on',
-           'Summand', 'Reward', 'check_reward', 'tokenise', 'parse_formula', 'Moments', 'CombinedReward', 'make_reward',
-           'get_reward', 'check_as_reward', 'FunctionReward', 'as_reward', 'ScoringQueue']
+           'Summand', 'WeightsFrom', 'Reward', 'check_reward', 'tokenise', 'parse_formula', 'Moments', 'CombinedReward',
+           'make_reward', 'get_reward', 'check_as_reward', 'FunctionReward', 'as_reward', 'ScoringQueue']
 
 # %% ../../nbs/20_rewards.ipynb #79a0c12b
 import concurrent.futures
@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import math
+import os
 import re
 import warnings
 from time import perf_counter
@@ -134,6 +135,14 @@ class Summand:
     def load_state_dict(self, state):
         """Go on from a `state_dict`."""
 
+# %% ../../nbs/20_rewards.ipynb #a4e640ca
+class WeightsFrom(NamedTuple):
+    """How the weights of a judge are called."""
+
+    setting: str  # of a command, which has such a field: nisqa_weights is --nisqa-weights
+    option: str  # of the judge itself
+    variable: str  # in the environment
+
 # %% ../../nbs/20_rewards.ipynb #8fd7b4f3
 class Reward(Summand):
     """Scores finished utterances; a subclass states the class attributes below and writes `score_clips`.
@@ -163,6 +172,14 @@ class Reward(Summand):
     )  # could not be scored: how many since the reward was made; in the last call, list of Failure
     last_faults = ()  # of utterances of the last call that were scored and hardly meant: list of Failure, see `sound_faults`
     warned = frozenset()  # kinds of faults that were said once already
+    weights_from = None  # `WeightsFrom`, if its weights are a file that the user has
+    report_options = {}  # its options where scores are shown, not paid
+    note = ""  # said beside its scores, such as who listened
+
+    @classmethod
+    def found_weights(cls):
+        """What it takes if no weights are given: a path or name (str), empty if there is nothing."""
+        return os.environ.get(cls.weights_from.variable, "") if cls.weights_from else ""
 
     def refuses(self, text):
         """Why an utterance of this text (str) cannot be scored, or None; most rewards take any text."""

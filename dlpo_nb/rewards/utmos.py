@@ -16,7 +16,7 @@ from torch import nn
 
 from ..audio import import_torchaudio
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward
+from .base import REWARDS, Reward, WeightsFrom
 
 # %% ../../nbs/22_utmos.ipynb #566bf8d1
 class UTMOS22(nn.Module):
@@ -179,6 +179,11 @@ class UTMOS(Reward):
     sample_rate = 16000
     min_seconds = 0.025  # 400 samples: the width of one frame
     worst = 1.0
+    weights_from = WeightsFrom("utmos_weights", "weights", WEIGHTS_VARIABLE)
+
+    @classmethod
+    def found_weights(cls):
+        return str(find_utmos_weights() or "")
 
     def __init__(self, weights=None, device="auto", dtype="float32", batch_size=None):
         if dtype not in DTYPES:

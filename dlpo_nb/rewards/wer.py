@@ -13,6 +13,7 @@ __all__ = ['MONTH', 'AS_WRITTEN', 'DIGIT', 'AS_READ', 'AS_NORMALISED', 'SPELLING
 import contextlib
 import functools
 import importlib.util
+import math
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
 from ..normalisation import normalise
 from ..times import MONTHS
-from .base import REWARDS, Reward, unusable, without_autocast
+from .base import REWARDS, Reward, WeightsFrom, unusable, without_autocast
 
 # %% ../../nbs/24_wer.ipynb #4665af41
 MONTH = f"({'|'.join(MONTHS).lower()})"
@@ -466,6 +467,16 @@ class WER(Reward):
     sample_rate = 16000
     worst = 1.0  # no word was heard
     lower_is_better = True
+    weights_from = WeightsFrom("whisper", "model", WHISPER_VARIABLE)
+    report_options = {"most": math.inf}  # a report cuts nothing
+
+    @classmethod
+    def found_weights(cls):
+        return os.environ.get(WHISPER_VARIABLE) or str(packaged_whisper() or "")
+
+    @property
+    def note(self):
+        return f"the words were heard by {ears(self.recognise)}"
 
     def __init__(
         self,
