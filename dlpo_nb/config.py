@@ -268,16 +268,18 @@ def todays_flags(argv: list) -> list:
 
 
 def check_names(kind, groups: dict):
-    "Raises UserError if an option of a method, in `groups` of `option_fields`, is called like a setting of `kind`."
+    """Raises UserError if an option of a method, in `groups` of `option_fields`, is called like a setting
+    of `kind`."""
     taken = {f.name for f in fields(kind)} | {"method"}
     for methods, cls in groups.items():
         if clash := [f.name for f in fields(cls) if f.name in taken]:
             raise UserError(
-                f"objective {methods[0]} has an option '{clash[0]}', which is the name of a setting of every run; "
+                f"objective {methods[0]} has an option '{clash[0]}', which is the name of a setting of "
+                "every run; "
                 "rename it."
             )
 
-
+# %% ../nbs/39a_config.ipynb #b4eb8f87
 def from_flags(kind, argv: list, defaults: dict, prog: str, description: str):
     """Settings of the class `kind` from flags, on top of flat defaults,
     of which those are taken that the method has."""

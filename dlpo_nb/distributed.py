@@ -213,7 +213,7 @@ def torchrun_options(config) -> list:
     count, restarts = str(config.nproc_per_node), str(config.max_restarts)
     return [*where, "--nproc-per-node", count, "--max-restarts", restarts]
 
-
+# %% ../nbs/04c_distributed.ipynb #efa15f14
 def start_processes(
     module: str,  # the command, as in python -m MODULE
     config,  # its nproc_per_node, nnodes, max_restarts, threads; several machines: out, rdzv_endpoint

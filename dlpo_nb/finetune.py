@@ -42,19 +42,16 @@ class Loop:
         stats = self.update(rollouts, advantages.to(self.device), e)
         end = clock(self)
         self.next_episode += 1
-        seconds = {
-            "seconds": end - start,
-            "seconds/rollout": spoken - start,
-            "seconds/reward": scored - spoken,
-            "seconds/update": end - scored,
-        }
         return {
             "episode": e,
             **reward_statistics(self, rewards),
             **stats,
             "advantage/std": float(advantages.std(correction=0)),
             **rollout_statistics(self, rollouts, queue),
-            **seconds,
+            "seconds": end - start,
+            "seconds/rollout": spoken - start,
+            "seconds/reward": scored - spoken,
+            "seconds/update": end - scored,
         }
 
     def update(self, rollouts, advantages, e) -> dict:
@@ -68,8 +65,8 @@ class Loop:
                     loss = self.objective(piece.replay)
                     gradients.add(loss, piece.weight)
                     log.add(piece.weight, loss.total, loss.stats | piece.stats)
-                # (batch,), or None
-                penalty = in_reward_penalty(self, rollouts, log) if penalty is None else penalty
+                if penalty is None:
+                    penalty = in_reward_penalty(self, rollouts, log)  # (batch,), or None
                 for trajectory in rollouts if "policy" in self.objective.needs else []:
                     for step in range(len(trajectory.steps)):
                         piece = policy_slice(self, trajectory, step, advantages, penalty)
@@ -81,9 +78,8 @@ class Loop:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             check_norm(norm, e)
             stats = log.means()
-            first = first or stats | self.watch(rollouts, stats, e) | gradients.norms() | {
-                "grad_norm": float(norm)
-            }
+            norms = gradients.norms() | {"grad_norm": float(norm)}
+            first = first or stats | self.watch(rollouts, stats, e) | norms
             self.optimiser.step()
         return first | {name: value for name, value in stats.items() if name.startswith("ratio/")}
 

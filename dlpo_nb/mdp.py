@@ -160,7 +160,7 @@ def reverse_chain(
     eps = predict_noise(policy, schedule, x, conditioning, 0)
     return schedule.mean(eps, x, 0) * spread(mask, len(x)), pairs
 
-
+# %% ../nbs/10_mdp.ipynb #49811f8b
 @torch.no_grad()
 def rollout(
     policy,  # a Policy

@@ -98,7 +98,7 @@ def check_policy(kind, name):
 
 POLICIES = Registry("policy", check_policy)
 
-
+# %% ../nbs/04b_policy.ipynb #e18e79f7
 class Policy(nn.Module, ABC):
     """A text-to-speech diffusion model, as rollouts, objectives and evaluation see it.
 

@@ -117,14 +117,8 @@ class Estimator(nn.Module):
 
     def stage(self, inputs, outputs, resampling):
         attention = Residual(Rezero(LinearAttention(outputs)))
-        return nn.ModuleList(
-            [
-                ResnetBlock(inputs, outputs, self.dim),
-                ResnetBlock(outputs, outputs, self.dim),
-                attention,
-                resampling,
-            ]
-        )
+        blocks = [ResnetBlock(inputs, outputs, self.dim), ResnetBlock(outputs, outputs, self.dim)]
+        return nn.ModuleList([*blocks, attention, resampling])
 
     def time_features(self, t):  # (B,) -> (B, dim)
         half = self.dim // 2
@@ -132,15 +126,9 @@ class Estimator(nn.Module):
         angles = (self.time_scale * t.to(rates))[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], -1)
 
-    def forward(
-        self,
-        x,
-        mask,
-        mu,
-        t,
-        speaker=None,
-    ):  # (B, bands, T), (B, 1, T), (B, bands, T), (B,), (B, C) or None
-        "Score (B, bands, T) of x at time t; T is a multiple of 4."
+    def forward(self, x, mask, mu, t, speaker=None):
+        """Score (B, bands, T) of x (B, bands, T) at time t (B,), given mask (B, 1, T), mu (B, bands, T) and
+        speaker (B, C) or None; T is a multiple of 4."""
         time = self.mlp(self.time_features(t).to(x.dtype))
         channels = [mu, x] if speaker is None else [mu, x, self.spk_mlp(speaker)[..., None].expand_as(x)]
         picture, full = torch.stack(channels, 1), mask[:, None]

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ..audio import import_torchaudio
@@ -97,8 +98,6 @@ def read_tensors(path):
     UserError where it cannot be read."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # web pages, half a file, other pickles: many kinds, one meaning

@@ -115,7 +115,7 @@ class ActiveConv(torch.autograd.Function):
                 to_scale, to_shift, inner = inner * x, inner, inner * scale
         return inner, to_scale, to_shift, to_weight, to_bias, None, None, None
 
-
+# %% ../../nbs/07_decoder.ipynb #d1b19993
 class Conv(nn.Module):
     """Convolution over time, after an activation if asked; orthogonally initialised (keys `conv1d.*`, as
     released)."""

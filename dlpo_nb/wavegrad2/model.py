@@ -113,18 +113,8 @@ class WaveGrad2(Policy):
         self.encoder = Encoder(c.n_symbols, c.encoder_channels, c.dropout)
         self.speaker_embedding = nn.Embedding(c.n_speakers, c.speaker_channels)
         self.resampling = Resampling(width, c.predictor_channels, c.frame_rate)
-        self.decoder = Decoder(
-            width,
-            c.first_up,
-            c.up,
-            c.first_down,
-            c.down,
-            c.factors,
-            c.up_dilations,
-            c.double_blocks,
-            c.preconditioned,
-            c.data_std,
-        )
+        sizes = (c.first_up, c.up, c.first_down, c.down, c.factors, c.up_dilations)
+        self.decoder = Decoder(width, *sizes, c.double_blocks, c.preconditioned, c.data_std)
 
     @property
     def hop(self):
@@ -133,10 +123,8 @@ class WaveGrad2(Policy):
     def encode(self, texts):
         return [text_to_ids(text) for text in texts]
 
-    def condition(
-        self, ids, lengths, durations=None, pace=1.0, reference_padding=False, speakers=None
-    ) -> Conditioning:
-        """Texts to frames: ids (B, L) padded with 0, lengths (B,),
+    def condition(self, ids, lengths, durations=None, pace=1.0, reference_padding=False, speakers=None):
+        """Texts to frames, a `Conditioning`: ids (B, L) padded with 0, lengths (B,),
         durations (B, L) in frames or None for the predicted ones.
 
         `pace` stretches predicted durations, `speakers` (B,) are indices (default 0). `reference_padding`
@@ -147,9 +135,8 @@ class WaveGrad2(Policy):
         voice = self.speaker_embedding(speakers)[:, None].expand(-1, ids.shape[1], -1)
         memory = torch.cat([text, voice.to(text.dtype)], -1)
         up = self.resampling(memory, lengths, durations, pace, reference_padding)
-        return Conditioning(
-            up.hidden, up.frames, up.durations, up.seconds, length_mask(lengths, ids.shape[1])
-        )
+        mask = length_mask(lengths, ids.shape[1])
+        return Conditioning(up.hidden, up.frames, up.durations, up.seconds, mask)
 
     def predict_noise(self, x, hidden, level, frames=None):
         "Noise (B, N) in x (B, N), see `dlpo_nb.wavegrad2.decoder.predict_noise`."
@@ -168,11 +155,9 @@ class WaveGrad2(Policy):
     @classmethod
     def read_config(cls, path, state, metadata):
         "The configuration in the metadata, or the released one that fits the shapes."
-        return (
-            super().read_config(path, state, metadata)
-            if cls.kind in metadata
-            else released_config(path, state)
-        )
+        if cls.kind not in metadata:
+            return released_config(path, state)
+        return super().read_config(path, state, metadata)
 
 # %% ../../nbs/08_wavegrad2.ipynb #5ecc22fc
 def released_config(path, state) -> WaveGrad2Config:
