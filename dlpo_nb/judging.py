@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .audio import rms_db
 from .core import UserError, append_jsonl, read_jsonl
 from .heldout import describe_utterance, scores_or_reasons
-from .judges import weights_of
+from .judges import identity
 from .rewards.wer import spoken_words
 from .statistics import values_of
 
@@ -48,9 +48,9 @@ def ask(
     return [UserError(f"{name} cannot hear it: {s}") if isinstance(s, str) else s for s in scores]
 
 
-def _score_key(name, weights, clip, text):
+def _score_key(name, depends, clip, text):
     "The hash by which a score is found again."
-    words = json.dumps([name, weights, text, clip.sample_rate])
+    words = json.dumps([name, depends, text, clip.sample_rate])
     return hashlib.sha256(words.encode() + clip.audio.numpy().tobytes()).hexdigest()
 
 
@@ -69,11 +69,11 @@ class ScoreCache:
         self.path = path
         self.known = {row["key"]: row["score"] for row in read_jsonl(path)} if path.is_file() else {}
 
-    def ask(self, judge, name, weights, clips, texts, progress=None):
+    def ask(self, judge, name, depends, clips, texts, progress=None):
         """Scores of all clips (`Clip`): a float, or a UserError if there is none.
 
-        `judge` is asked for those that are not known, eight of one sample rate at a time."""
-        keys = [_score_key(name, weights, clip, text) for clip, text in zip(clips, texts)]
+        depends: `identity` of the judge, which is asked for what is not known, eight of one rate at a time."""
+        keys = [_score_key(name, depends, clip, text) for clip, text in zip(clips, texts)]
         scores = [self.known.get(key) for key in keys]
         new = [i for i, key in enumerate(keys) if key not in self.known]
         quiet = progress is None or not new
@@ -112,11 +112,11 @@ def judge_system(
     for i in order:
         rows[i] |= describe_utterance(*clips[i])
     for judge_name, judge in judges.items():
-        weights, heard = weights_of(judge_name, config), {judge_name: [clips[i] for i in order]}
+        depends, heard = identity(judge_name, config), {judge_name: [clips[i] for i in order]}
         if config.level_normalised and (levelled := levelled_name(judge_name, judges)):
             heard[levelled] = [at_level(clips[i]) for i in order]
         for key, sounds in heard.items():
-            scores = cache.ask(judge, judge_name, weights, sounds, spoken, f"{name}: {key}")
+            scores = cache.ask(judge, judge_name, depends, sounds, spoken, f"{name}: {key}")
             for i, score in zip(order, scores):
                 if isinstance(score, float):
                     rows[i][key] = score

@@ -21,6 +21,7 @@ from .core import UserError, run_main, split_lines
 from .figures import PANELS, control_difference, panel, read_run, reward_curve
 from .heldout import CAUTION, LABELS, direction, ordered, verdict
 from .page import card, change_cells, fold, interval_svg, picture, table, tagged, write_page
+from .plugins import load_plugins
 
 # %% ../nbs/53_report.ipynb #d74b9dd1
 def control_command(run):
@@ -293,11 +294,14 @@ class ReportConfig:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # run folders; for several, runs and their shuffled controls
     # the file to write; by default RUN/report.html, or comparison.html beside the first of several
     out: Path | None = None
+    # a file that is run first, repeatable, as for the other commands; the page needs the run's folder only
+    plugin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
 
 
 def main(argv=None):
     "Entry point of `python -m dlpo_nb.report`."
     config = tyro.cli(ReportConfig, prog="python -m dlpo_nb.report", args=argv)
+    load_plugins(config.plugin)
     if not config.runs:
         raise UserError(
             "no run given; name at least one run folder, as in python -m dlpo_nb.report runs/mine"

@@ -36,7 +36,7 @@ from dlpo_nb.heldout import (
     verdict,
     write_rows,
 )
-from dlpo_nb.judges import find_judges, judge_options, weights_of
+from dlpo_nb.judges import find_judges, identity, judge_options
 from dlpo_nb.judging import ScoreCache, ask, pooled_rates
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.rewards.base import WeightsFrom
@@ -510,7 +510,7 @@ def test_a_score_is_kept_by_rate_and_by_the_weights_of_any_judge(tmp_path, monke
     for weights, rate, want in (("", 22050, 2), ("", 44100, 1), ("3", 44100, 3)):
         monkeypatch.setenv("SECONDS_WEIGHTS", weights)
         judges, notes = find_judges(["seconds_heard"], config)
-        used = weights_of("seconds_heard", config)
+        used = identity("seconds_heard", config)
         assert used == {"seconds_heard": weights} and not notes
         clip = [ones(44100, rate)]
         assert cache.ask(judges["seconds_heard"], "seconds_heard", used, clip, ["a"]) == [want]

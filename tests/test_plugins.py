@@ -11,11 +11,15 @@ from toy_mel import make_toy_mel
 
 from dlpo_nb import plugins
 from dlpo_nb.core import REGISTRIES, UserError
+from dlpo_nb.diffusion import NoiseSchedule
+from dlpo_nb.evaluate import EvaluateConfig, sound_keys
+from dlpo_nb.judges import identity
 from dlpo_nb.launch import parse
 from dlpo_nb.objectives import OBJECTIVES, get_objective
 from dlpo_nb.plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
 from dlpo_nb.policies import POLICIES
 from dlpo_nb.rewards import REWARDS, get_reward
+from dlpo_nb.systems import System
 
 HERE = Path(__file__).resolve().parent
 MINE = """
@@ -119,6 +123,21 @@ def test_a_voice_comes_in_and_two_processes_know_it(begun):
     assert row["ratio/mean"] == 1.0 and row["grad_norm"] > 0 and "diffusion_loss/sample" in row
 
 
+def test_a_run_is_evaluated_and_reported_with_its_plug_ins(begun):
+    """The judge that it was paid by is known by name without the flag."""
+    folder, _ = begun
+    flags = ["--metrics", "bright,shrill", "--heldout", 2, "--rollout-steps", 2, "--no-level-normalised"]
+    done = run(folder, "evaluate", "run", *flags, "--device", "cpu", "--threads", 1, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert evaluation["judges"] == ["bright"] and evaluation["measures"]["bright"]["systems"]["run"]["n"] == 2
+    assert "shrill is left out: unknown reward" in done.stdout
+    done = run(folder, "report", "run", "--plugin", "my.py")
+    assert done.returncode == 0, done.stderr
+    page = (folder / "run" / "report.html").read_text()
+    assert str(folder / "my.py") in page and "patient, seed 0" in page
+
+
 @pytest.fixture
 def registries():
     """What this process has registered is as before afterwards."""
@@ -143,6 +162,21 @@ def test_what_is_registered_is_known_at_once(registries, tmp_path):
     copy.write_text(MINE.format("x_"))
     load_plugins([copy])
     assert plugin_fingerprints([path]).keys() == {"mine.py"}
+
+
+def test_a_score_is_kept_with_the_content_of_the_plug_in_that_gave_it(registries, tmp_path):
+    path, config, keys = tmp_path / "judge.py", EvaluateConfig(), []
+    for factor in (1, 1, 2):
+        path.write_text(MINE.format("y_") + f"\nFACTOR = {factor}\n")
+        for registry in (REWARDS, OBJECTIVES):
+            registry.entries.pop("y_bright", None) or registry.entries.pop("y_patient", None)
+        plugins.LOADED.pop(str(path), None)
+        load_plugins([path])
+        keys.append(identity("0.5*y_bright + dnsmos", config))
+    assert keys[0] == keys[1] != keys[2] and keys[0].keys() == {"y_bright"}
+    assert sound_keys(System("a", "model", path), ["One."], NoiseSchedule.linear(), 0) != sound_keys(
+        System("a", "model", path), ["One."], NoiseSchedule.linear(), 0, plugin=keys[0]["y_bright"]
+    )
 
 
 REWARD = "from dlpo_nb.rewards.base import REWARDS, Reward\n"
