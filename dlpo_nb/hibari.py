@@ -12,14 +12,7 @@ __all__ = ['RATE', 'UNIT', 'DURATIONS', 'INSTALL', 'CONSONANT', 'VOWEL', 'PAIR',
 import difflib
 import functools
 import importlib.util
-import multiprocessing
-import os
-import signal
-import threading
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +24,7 @@ from .audio import SAMPLE_RATE, resample
 from .core import UserError
 from .corpus import HOP, keep_utterance
 from .text import VOWELS, normalise, phones_to_ids, text_to_phones
+from .workers import mapped
 
 # %% ../nbs/03c_hibari.ipynb #02584b87
 RATE = 24000  # Hz, the voice's own
@@ -51,22 +45,25 @@ def with_output(
     model: bytes,  # an ONNX file
     name: str,  # of a tensor inside its graph
 ) -> bytes:
-    "The model with that tensor as its last output: ModelProto.graph is field 7, GraphProto.output 12, ValueInfoProto.name 1."
+    """The model with that tensor as its last output: ModelProto.graph is field 7, GraphProto.output 12,
+    ValueInfoProto.name 1."""
     return model + _field(7, _field(12, _field(1, name.encode())))
 
 
 def check_hibari(sample_rate=RATE):
-    "Raises UserError where the voice is missing, saying what to install, or cannot be had at that rate."
+    "Raises UserError if the voice is missing, saying what to install, or cannot be had at that rate."
     if importlib.util.find_spec("hibari") is None:
         raise UserError(f"the voice hibari is not installed; {INSTALL}")
     if sample_rate not in (RATE, SAMPLE_RATE):
         raise UserError(
-            f"hibari speaks at {RATE} Hz, or resampled to {SAMPLE_RATE} Hz, not at {sample_rate}; give one of them as --sample-rate"
+            f"hibari speaks at {RATE} Hz, or resampled to {SAMPLE_RATE} Hz, not at {sample_rate}; give one "
+            "of them as --sample-rate"
         )
 
 # %% ../nbs/03c_hibari.ipynb #77e5dbd3
 class Voice:
-    "hibari's packaged voice (heart, American). Raises UserError if it is not installed or is another version."
+    """hibari's packaged voice (heart, American). Raises UserError if it is not installed or is another
+    version."""
 
     def __init__(self):
         check_hibari()
@@ -100,7 +97,8 @@ class Voice:
         phonemes: str,  # e.g. "həlˈO ðˈɛɹ."
         seed: int = 0,  # of the noise in the sound
     ) -> tuple[np.ndarray, list[int]]:
-        "Sound (600 * sum of steps,) float32 at 24 kHz, and the steps of 25 ms of the first pad, each symbol, and the last pad."
+        """Sound (600 * sum of steps,) float32 at 24 kHz, and the steps of 25 ms of the first pad, each
+        symbol, and the last pad."""
         from hibari import dsp
 
         feeds = {"ids": np.array([self.hibari.ids(phonemes)], np.int64), "speed": np.ones(1, np.float32)}
@@ -108,7 +106,8 @@ class Voice:
         audio = dsp.synth(*(part[0] for part in parts), np.random.default_rng(seed))
         if len(steps) != len(phonemes) + 2 or UNIT * steps.sum() != len(audio):
             raise UserError(
-                f"this hibari counts durations in another unit than {UNIT} samples: the version is not known; {INSTALL}"
+                f"this hibari counts durations in another unit than {UNIT} samples: the version is not "
+                f"known; {INSTALL}"
             )
         return audio, steps.tolist()
 
@@ -129,12 +128,9 @@ CONSONANT |= dict(
         "T T T S R K G K K HH HH G R R D D T SH N N NG V F SH Y V W W L CH JH CH".split(),
     )
 )
-VOWEL = dict(
-    zip(
-        "AIOQWYiuæɑɒɔɛɪᵻʊʌəᵊɐɜɚaeoøœyɨɯɤ",
-        "EY AY OW OW AW OY IY UW AE AA AA AO EH IH IH UH AH AH AH AH ER ER AE EH OW ER EH UW IH UW AH".split(),
-    )
-)
+VOWEL = dict(zip("AIOQWYiu", "EY AY OW OW AW OY IY UW".split()))
+VOWEL |= dict(zip("æɑɒɔɛɪᵻʊʌəᵊɐɜɚ", "AE AA AA AO EH IH IH UH AH AH AH AH ER ER".split()))
+VOWEL |= dict(zip("aeoøœyɨɯɤ", "AE EH OW ER EH UW IH UW AH".split()))  # of other languages
 PAIR = {"ʦ": ("T", "S"), "ʣ": ("D", "Z")}
 PAUSE = frozenset(';:,.!?—…"()“”')
 STRESS = {"ˈ": "1", "ˌ": "2"}
@@ -180,7 +176,8 @@ def to_arpabet(
     phonemes: str,  # of one sentence, misaki's letters
     steps: list[int],  # of the pad before, each letter, and the pad after
 ) -> tuple[list[str], list[int]]:
-    "(phones, steps of each), from sil to sil; the sum of the steps is kept. Raises UserError for a letter that is not in the tables."
+    """(phones, steps of each), from sil to sil; the sum of the steps is kept. Raises UserError for a letter
+    that is not in the tables."""
     row = _Phones(steps[0])
     for letter, count in zip(phonemes, steps[1:-1], strict=True):
         if letter in STRESS:
@@ -214,7 +211,8 @@ def step_levels(audio):
 
 
 def _join_silences(phones, steps):
-    "[[phone, start, end]] in steps; sil and sp beside each other are one, and those around the text are left out."
+    """[[phone, start, end]] in steps; sil and sp beside each other are one, and those around the text are
+    left out."""
     rows, end = [], 0
     for phone, count in zip(phones, steps):
         start, end = end, end + count
@@ -232,7 +230,8 @@ def cut_silence(
     steps: list[int],  # of each phone, together N / 600
     full_stop: bool,  # the text ends in a sign of punctuation
 ) -> tuple[np.ndarray, list[str], list[int]]:
-    "(audio (600 * steps,), phones, steps) of the speech, the sound where the phones are. Raises ValueError where nothing is spoken."
+    """(audio (600 * steps,), phones, steps) of the speech, the sound where the phones are. Raises ValueError
+    where nothing is spoken."""
     audio = np.pad(audio, (EARLY, 0))[: len(audio)]
     rows, level = _join_silences(phones, steps), step_levels(audio)
     if not rows or level.max() < -100:
@@ -269,7 +268,8 @@ def in_front_end_spelling(
     phones: list[str],  # as spoken
     expected: list[str],  # what `text_to_phones` says
 ) -> list[str]:
-    "The phones as spoken, with the expected symbol where they differ in stress or in a weak vowel; as many as before."
+    """The phones as spoken, with the expected symbol where they differ in stress or in a weak vowel; as many
+    as before."""
     spelled, ours, theirs = list(phones), _bare(phones), _bare(expected)
     for kind, i, i_end, j, j_end in difflib.SequenceMatcher(a=ours, b=theirs, autojunk=False).get_opcodes():
         if i_end - i != j_end - j:
@@ -292,7 +292,8 @@ class Utterance(NamedTuple):
 def speak(
     text: str,  # any English
 ) -> Utterance:
-    "A text, spoken and aligned, at the voice's own level. Raises UserError if the text cannot be read, ValueError if nothing is spoken."
+    """A text, spoken and aligned, at the voice's own level. Raises UserError if the text cannot be read,
+    ValueError if nothing is spoken."""
     voice, seed = process_voice(), zlib.crc32(text.encode())
     expected = text_to_phones(text)
     sounds, phones, steps = [], [], []
@@ -345,30 +346,6 @@ def speak_texts(
     return results
 
 
-def _end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
-    torch.set_num_threads(1)
-    # a worker whose main process was killed would wait for work for ever
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-@contextmanager
 def spoken(chunks, out, workers, sample_rate=SAMPLE_RATE):
-    "An iterator over the results of `speak_texts`, a list for each chunk, in order, made by `workers` processes."
-    work = partial(speak_texts, out=out, sample_rate=sample_rate)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
-    try:
-        yield pool.map(work, chunks)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that spoke was killed (out of memory?); give the same command again to go on, with fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    "A context with an iterator over the results of `speak_texts`, a list for each chunk, in order."
+    return mapped(partial(speak_texts, out=out, sample_rate=sample_rate), chunks, workers)

@@ -1,4 +1,5 @@
-"""The natural voice: its tensor, its phones in our symbols, exact durations; where it is not installed, what needs it is skipped."""
+"""The natural voice: its tensor, its phones in our symbols, exact durations; where it is not installed, what
+needs it is skipped."""
 
 import dataclasses
 import importlib.util

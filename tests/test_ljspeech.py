@@ -1,4 +1,5 @@
-"""LJSpeech: the split, TextGrids, alignment, frames, and a command that meets broken folders, interruptions and odd settings."""
+"""LJSpeech: the split, TextGrids, alignment, frames, and a command that meets broken folders, interruptions
+and odd settings."""
 
 import gzip
 import json
@@ -13,17 +14,14 @@ import pytest
 import soundfile
 import torch
 
+from dlpo_nb import alignment as al
+from dlpo_nb import recordings
 from dlpo_nb import ljspeech as lj
 from dlpo_nb.core import UserError, asset, read_jsonl
 from dlpo_nb.corpus import load_corpus
-from dlpo_nb.ljspeech import (
-    Alignment,
-    LJSpeechConfig,
-    compare_alignments,
-    make_ljspeech,
-    read_textgrid,
-    to_frames,
-)
+from dlpo_nb.alignment import Alignment, compare_alignments, read_textgrid, to_frames
+from dlpo_nb.ljspeech import LJSpeechConfig, make_ljspeech, what_is_empty
+from dlpo_nb.text import text_to_phones
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,26 +71,22 @@ def textgrid(alignment, form="short", tier="phones"):
     head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n'
     if form == "short":
         body = "\n".join(f'{a}\n{b}\n"{phone}"' for a, b, phone in rows)
-        return (
-            head
-            + f'0\n{end}\n<exists>\n2\n"IntervalTier"\n"words"\n0\n{end}\n1\n0\n{end}\n"he said ""1 2"""\n"IntervalTier"\n"{tier}"\n0\n{end}\n{len(rows)}\n{body}\n'
-        )
-    body = "".join(
-        f'        intervals [{i}]:\n            xmin = {a} \n            xmax = {b} \n            text = "{phone}" \n'
-        for i, (a, b, phone) in enumerate(rows, 1)
-    )
+        words = f'"IntervalTier"\n"words"\n0\n{end}\n1\n0\n{end}\n"he said ""1 2"""\n'
+        phones = f'"IntervalTier"\n"{tier}"\n0\n{end}\n{len(rows)}\n{body}\n'
+        return f"{head}0\n{end}\n<exists>\n2\n{words}{phones}"
+
+    def interval(i, a, b, label):
+        place = f"        intervals [{i}]:\n            xmin = {a} \n            xmax = {b} \n"
+        return f'{place}            text = "{label}" \n'
 
     def tier_head(i, name, size):
-        return f'    item [{i}]:\n        class = "IntervalTier" \n        name = "{name}" \n        xmin = 0 \n        xmax = {end} \n        intervals: size = {size} \n'
+        kind = f'    item [{i}]:\n        class = "IntervalTier" \n        name = "{name}" \n'
+        return f"{kind}        xmin = 0 \n        xmax = {end} \n        intervals: size = {size} \n"
 
-    words = (
-        tier_head(1, "words", 1)
-        + f'        intervals [1]:\n            xmin = 0 \n            xmax = {end} \n            text = "he said ""1 2""" \n'
-    )
-    return (
-        head
-        + f"xmin = 0 \nxmax = {end} \ntiers? <exists> \nsize = 2 \nitem []: \n{words}{tier_head(2, tier, len(rows))}{body}"
-    )
+    words = tier_head(1, "words", 1) + interval(1, 0, end, 'he said ""1 2""')
+    body = "".join(interval(i, *row) for i, row in enumerate(rows, 1))
+    start = f"{head}xmin = 0 \nxmax = {end} \ntiers? <exists> \nsize = 2 \nitem []: \n"
+    return f"{start}{words}{tier_head(2, tier, len(rows))}{body}"
 
 
 HELLO = Alignment(
@@ -104,21 +98,29 @@ HELLO = Alignment(
 
 
 def test_split_lists():
-    val, test = lj.split_ids("val"), lj.split_ids("test")
+    val, test = recordings.split_ids("val"), recordings.split_ids("test")
     assert (len(val), len(test), len(val & test)) == (512, 200, 0)
-    assert {part: lj.fingerprint(lj.split_ids(part)) for part in ("val", "test")} == {
-        part: lj.SPLIT_SHA256[part] for part in ("val", "test")
+    assert {part: recordings.fingerprint(recordings.split_ids(part)) for part in ("val", "test")} == {
+        part: recordings.SPLIT_SHA256[part] for part in ("val", "test")
     }
-    assert {lj.part_of(name) for name in val} == {"val"} and {lj.part_of(name) for name in test} == {"test"}
+    assert {recordings.part_of(name) for name in val} == {"val"} and {
+        recordings.part_of(name) for name in test
+    } == {"test"}
     assert not test & {f"LJ001-{i:04d}" for i in range(1, 33)}
 
 
 def test_split_of_all_ids(reader):
-    ids = [name for name, _ in lj.read_metadata(reader)[0]]
+    ids = [name for name, _ in recordings.read_metadata(reader)[0]]
     val = [line.split("|")[0] for line in (reader / "val.txt").read_text(encoding="utf-8").splitlines()]
-    assert lj.split_ids("val") == set(val) and lj.split_ids("test") == set(lj.choose_test(ids, val))
-    train = [name for name in ids if lj.part_of(name) == "train"]
-    assert len(ids) == 13_100 and len(train) == 12_388 and lj.fingerprint(train) == lj.SPLIT_SHA256["train"]
+    assert recordings.split_ids("val") == set(val) and recordings.split_ids("test") == set(
+        recordings.choose_test(ids, val)
+    )
+    train = [name for name in ids if recordings.part_of(name) == "train"]
+    assert (
+        len(ids) == 13_100
+        and len(train) == 12_388
+        and recordings.fingerprint(train) == recordings.SPLIT_SHA256["train"]
+    )
 
 
 # TextGrids
@@ -198,7 +200,7 @@ def test_cut_gives_the_released_phones(reader, alignments):
     for part in ("train.txt", "val.txt"):
         for line in (reader / part).read_text(encoding="utf-8").splitlines():
             name, _, phones, _ = line.split("|")
-            assert lj.cut_silence(alignments[name]).phones == phones.strip("{}").split(), name
+            assert al.cut_silence(alignments[name]).phones == phones.strip("{}").split(), name
             count += 1
     assert count == 13_100
 
@@ -213,7 +215,7 @@ def test_textgrids_of_the_reader(reader, alignments, tmp_path):
     assert report["failures"] == {"alignment": 12} and report["aligner"] == "MFA's TextGrids"
     item = load_corpus(tmp_path / "c" / "train")[0]
     wave, _ = soundfile.read(reader / "wavs" / f"{name}.flac")
-    phones, bounds = lj.cut_silence(alignments[name], final_pause=item.text[-1] in ".?!")
+    phones, bounds = al.cut_silence(alignments[name], final_pause=item.text[-1] in ".?!")
     assert item.phones == phones and item.frames == np.diff(np.round(bounds * 73.5)).astype(int).tolist()
     expected = np.round(wave / np.abs(wave).max() * 32767)[int(22050 * bounds[0]) : int(22050 * bounds[-1])]
     both = min(len(expected), item.samples)
@@ -227,7 +229,7 @@ def test_textgrids_of_the_reader(reader, alignments, tmp_path):
 
 
 def test_festival_is_found_where_it_spoke(spoken):
-    aligner, off = lj.process_aligner(0.0), []
+    aligner, off = al.process_aligner(0.0), []
     for item in spoken:
         truth = Alignment(item.phones, np.cumsum([0, *item.frames]) / 73.5)
         differences, share = compare_alignments(aligner(item.audio, item.text), truth)
@@ -237,11 +239,11 @@ def test_festival_is_found_where_it_spoke(spoken):
 
 
 def test_alignment_against_mfa(reader, alignments):
-    texts, aligner = dict(lj.read_metadata(reader)[0]), lj.process_aligner()
+    texts, aligner = dict(recordings.read_metadata(reader)[0]), al.process_aligner()
     off, shares = [], []
     for name in [f"LJ001-{i:04d}" for i in (2, 8, 13, 4, 6, 11)]:
         differences, share = compare_alignments(
-            aligner(lj.read_recording(reader, name), texts[name]), alignments[name]
+            aligner(recordings.read_recording(reader, name), texts[name]), alignments[name]
         )
         off += differences[:, 0].tolist()
         shares.append(share)
@@ -253,7 +255,7 @@ def test_alignment_against_mfa(reader, alignments):
 
 
 def test_an_alignment_does_not_depend_on_those_before(spoken):
-    fresh, used = lj.Aligner(), lj.process_aligner()
+    fresh, used = al.Aligner(), al.process_aligner()
     for item in spoken[:3]:
         used(item.audio, item.text)
     a, b = fresh(spoken[3].audio, spoken[3].text), used(spoken[3].audio, spoken[3].text)
@@ -261,7 +263,7 @@ def test_an_alignment_does_not_depend_on_those_before(spoken):
 
 
 def test_words_that_are_not_in_the_sound(spoken):
-    aligner, item = lj.process_aligner(), spoken[0]
+    aligner, item = al.process_aligner(), spoken[0]
     for audio, text in [
         (item.audio, "Far too many words for so short a recording, " * 4),
         (item.audio[:400], "Hello there."),
@@ -273,7 +275,7 @@ def test_words_that_are_not_in_the_sound(spoken):
         aligner(item.audio, "?!")
     found = aligner(item.audio, item.text)  # and the next one is as it was
     assert (
-        lj.bare(lj.cut_silence(found).phones) and found.bounds[0] == 0 and (np.diff(found.bounds) >= 0).all()
+        al.bare(al.cut_silence(found).phones) and found.bounds[0] == 0 and (np.diff(found.bounds) >= 0).all()
     )
 
 
@@ -323,12 +325,12 @@ def test_broken_clips_are_reported_and_skipped(spoken, tmp_path):
 
 
 def test_parts_go_to_their_folders(spoken, tmp_path):
-    names = ["LJ001-0001", sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]]
+    names = ["LJ001-0001", sorted(recordings.split_ids("val"))[0], sorted(recordings.split_ids("test"))[0]]
     report = make_ljspeech(
         LJSpeechConfig(raw_folder(tmp_path / "raw", spoken[:3], names), tmp_path / "c"), progress=False
     )
-    assert [report[part]["utterances"] for part in lj.PARTS] == [1, 1, 1] and report["failures"] == {}
-    for part, name, item in zip(lj.PARTS, names, spoken):
+    assert [report[part]["utterances"] for part in recordings.PARTS] == [1, 1, 1] and report["failures"] == {}
+    for part, name, item in zip(recordings.PARTS, names, spoken):
         made = load_corpus(tmp_path / "c" / part)[0]
         # peak normalisation: the file had half of full scale
         assert (
@@ -452,7 +454,8 @@ def test_from_raw_folder_to_an_epoch(reader, tmp_path):
     assert made.returncode == 0 and made.stdout.startswith("train: 4 utterances (0.01 h), val: 0"), (
         made.stderr
     )
-    flags = "--arch tiny --steps 2 --batch-size 2 --window-frames 16 --held-out 1 --log-every 2 --sample-every 0".split()
+    flags = "--arch tiny --steps 2 --batch-size 2 --window-frames 16 --held-out 1"
+    flags = f"{flags} --log-every 2 --sample-every 0".split()
     trained = run(
         "dlpo_nb.pretrain", "--corpus", str(tmp_path / "c" / "train"), "--out", str(tmp_path / "run"), *flags
     )
@@ -495,21 +498,21 @@ def test_metadata_of_others(spoken, tmp_path, line):
     report = make_ljspeech(
         LJSpeechConfig(own_folder(tmp_path / "raw", spoken, lines, names), tmp_path / "c"), progress=False
     )
-    assert report["failures"] == {} and [report[part]["utterances"] for part in lj.PARTS] == [1, 1, 1]
+    assert report["failures"] == {} and [report[part]["utterances"] for part in recordings.PARTS] == [1, 1, 1]
 
 
 def test_sub_folders_and_other_rates(spoken, tmp_path):
     lines = "".join(f"ann/{i}|{item.text}\n" for i, item in enumerate(spoken))
     raw = own_folder(tmp_path / "raw", spoken, lines, range(4), rate=24000, folder="ann")
-    assert lj.read_recording(raw, "ann/0").shape == (-(-len(spoken[0].audio) * 22050 // 24000),)
+    assert recordings.read_recording(raw, "ann/0").shape == (-(-len(spoken[0].audio) * 22050 // 24000),)
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
-    ids = [row["id"] for part in lj.PARTS for row in manifest(tmp_path / "c", part)]
+    ids = [row["id"] for part in recordings.PARTS for row in manifest(tmp_path / "c", part)]
     assert sorted(ids) == [f"ann_{i}" for i in range(4)]
 
 
 def read_lines(folder, *lines):
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    texts, failures = lj.read_metadata(folder)
+    texts, failures = recordings.read_metadata(folder)
     return dict(texts), [reason for _, _, reason in failures]
 
 
@@ -526,7 +529,7 @@ def test_bars_and_columns(tmp_path):
     texts, failures = read_lines(tmp_path, "a/1|A", "a_1|B", "a/1|C", "d|", "e")
     assert texts == {"a/1": "A"}
     assert [*failures[:3]] == [
-        "a_1 stands there a second time",
+        "a_1 would be called a_1, as a/1 is",
         "a/1 stands there a second time",
         "d has no text",
     ] and "is not id|text" in failures[3]
@@ -537,7 +540,7 @@ def test_stereo_and_letters_with_two_spellings(spoken, tmp_path):
     raw = own_folder(tmp_path, spoken, f"{name}|{spoken[0].text}\n", [])
     both = np.stack([spoken[0].audio, spoken[0].audio], 1)
     soundfile.write(raw / "wavs" / "cafe\u0301.wav", both, 44100)
-    assert lj.read_recording(raw, name).shape == (-(-len(both) // 2),)
+    assert recordings.read_recording(raw, name).shape == (-(-len(both) // 2),)
 
 
 @pytest.mark.parametrize(
@@ -552,14 +555,14 @@ def test_stereo_and_letters_with_two_spellings(spoken, tmp_path):
 )
 def test_what_is_wrong_with_an_id_is_said(tmp_path, name, why):
     (tmp_path / "metadata.csv").write_text(f"{name}|Hello.\nok|Hello.\n")
-    _, [(where, kind, reason)] = lj.read_metadata(tmp_path)
+    _, [(where, kind, reason)] = recordings.read_metadata(tmp_path)
     assert (where, kind) == ("line 1", "metadata") and why in reason
 
 
 def test_split_of_others():
     for count in (1, 2, 3, 12, 100, 20_000):
-        split = lj.split_of([f"x{i}" for i in range(count)])
-        sizes = {part: list(split.values()).count(part) for part in lj.PARTS}
+        split = recordings.split_of([f"x{i}" for i in range(count)])
+        sizes = {part: list(split.values()).count(part) for part in recordings.PARTS}
         assert (
             sum(sizes.values()) == count
             and sizes["train"] > 0
@@ -569,35 +572,40 @@ def test_split_of_others():
         assert (sizes["val"] > 0) == (count > 1) and (sizes["test"] > 0) == (count > 2)
     assert (
         split
-        == lj.split_of([f"x{i}" for i in range(20_000)])
-        != lj.split_of([f"x{i}" for i in range(20_000)], seed=1)
+        == recordings.split_of([f"x{i}" for i in range(20_000)])
+        != recordings.split_of([f"x{i}" for i in range(20_000)], seed=1)
     )
-    assert lj.split_of(["LJ001-0001", "a", "b", "c"])["LJ001-0001"] == "train"
+    assert recordings.split_of(["LJ001-0001", "a", "b", "c"])["LJ001-0001"] == "train"
 
 
 def sizes(split):
-    return [list(split.values()).count(part) for part in lj.PARTS]
+    return [list(split.values()).count(part) for part in recordings.PARTS]
 
 
 def test_parts_grow_and_nothing_changes_sides():
     names = [f"x{i}" for i in range(1000)]
-    few = lj.split_of(names[:12])
-    more = lj.split_of(names, before=few)
+    few = recordings.split_of(names[:12])
+    more = recordings.split_of(names, before=few)
     assert sizes(few) == [10, 1, 1] and sizes(more) == [940, 40, 20] and more | few == more
-    assert sizes(lj.split_of(names[:3], before=lj.split_of(names[:2]))) == [1, 1, 1]
+    assert sizes(recordings.split_of(names[:3], before=recordings.split_of(names[:2]))) == [1, 1, 1]
     # LJSpeech's own split is the same whatever was taken of it before
     lj_names = [f"LJ001-{i:04d}" for i in range(1, 187)]
-    assert lj.split_of(lj_names, before=lj.split_of(lj_names[:4])) == {
-        name: lj.part_of(name) for name in lj_names
+    assert recordings.split_of(lj_names, before=recordings.split_of(lj_names[:4])) == {
+        name: recordings.part_of(name) for name in lj_names
     }
 
 
 def test_a_limit_first_does_not_spoil_the_split(spoken, tmp_path):
-    names = ["LJ001-0001", sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0], "LJ001-0002"]
+    names = [
+        "LJ001-0001",
+        sorted(recordings.split_ids("val"))[0],
+        sorted(recordings.split_ids("test"))[0],
+        "LJ001-0002",
+    ]
     raw, out = raw_folder(tmp_path / "raw", spoken, names), tmp_path / "c"
     make_ljspeech(LJSpeechConfig(raw, out, limit=1), progress=False)
     report = make_ljspeech(LJSpeechConfig(raw, out), progress=False)
-    assert [report[part]["utterances"] for part in lj.PARTS] == [2, 1, 1]
+    assert [report[part]["utterances"] for part in recordings.PARTS] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("gone", ["val", "test", "both"])
@@ -606,21 +614,21 @@ def test_a_part_without_any_recording_gets_one(spoken, tmp_path, gone):
     raw = own_folder(
         tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)), names
     )
-    split, out = lj.split_of(names), tmp_path / "c"
+    split, out = recordings.split_of(names), tmp_path / "c"
     for name, part in split.items():
         if part != "train" and gone in (part, "both"):
             (raw / "wavs" / f"{name}.wav").unlink()
     report = make_ljspeech(LJSpeechConfig(raw, out), progress=False)
-    made = [report[part]["utterances"] for part in lj.PARTS]
+    made = [report[part]["utterances"] for part in recordings.PARTS]
     # two for training are too few to give one away for test
     assert made == {"val": [1, 1, 1], "test": [2, 1, 0], "both": [1, 1, 0]}[gone] and report["failures"] == {
         "recording": 4 - sum(made)
     }
-    for part in lj.PARTS:
+    for part in recordings.PARTS:
         assert sorted(row["id"] for row in manifest(out, part)) == sorted(
             path.stem for path in (out / part / "audio").iterdir()
         )
-        assert not made[lj.PARTS.index(part)] or load_corpus(out / part)
+        assert not made[recordings.PARTS.index(part)] or load_corpus(out / part)
     assert make_ljspeech(LJSpeechConfig(raw, out), progress=False) == report
 
 
@@ -628,7 +636,7 @@ def test_the_only_recording_is_for_training(spoken, tmp_path):
     for name in ("a", "b"):
         raw = own_folder(tmp_path / name, spoken[:1], f"a|{spoken[0].text}\nb|{spoken[0].text}\n", [name])
         report = make_ljspeech(LJSpeechConfig(raw, tmp_path / f"c{name}"), progress=False)
-        assert [report[part]["utterances"] for part in lj.PARTS] == [1, 0, 0] and load_corpus(
+        assert [report[part]["utterances"] for part in recordings.PARTS] == [1, 0, 0] and load_corpus(
             tmp_path / f"c{name}" / "train"
         )[0].id == name
 
@@ -648,10 +656,10 @@ def test_what_comes_later_is_for_training(spoken, tmp_path):
         tmp_path / "raw", spoken, "".join(f"{n}|{i.text}\n" for n, i in zip(names[:3], spoken)), names
     )
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
-    before = {part: [row["id"] for row in manifest(tmp_path / "c", part)] for part in lj.PARTS}
+    before = {part: [row["id"] for row in manifest(tmp_path / "c", part)] for part in recordings.PARTS}
     (raw / "metadata.csv").write_text("".join(f"{n}|{i.text}\n" for n, i in zip(names, spoken)))
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
-    after = {part: [row["id"] for row in manifest(tmp_path / "c", part)] for part in lj.PARTS}
+    after = {part: [row["id"] for row in manifest(tmp_path / "c", part)] for part in recordings.PARTS}
     assert after == before | {"train": before["train"] + ["r3"]}
 
 
@@ -662,11 +670,11 @@ def test_a_full_stop_is_a_pause_in_training_too(spoken, tmp_path):
         tmp_path / "raw", spoken, "".join(f"{n}|{text}\n" for n, text in zip(names, texts)), names
     )
     make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
-    rows = [row for part in lj.PARTS for row in manifest(tmp_path / "c", part)]
+    rows = [row for part in recordings.PARTS for row in manifest(tmp_path / "c", part)]
     assert len(rows) == 4 and sum(row["phones"][-1] == "sp" for row in rows) == 3
     packaged = [asset("speech_train"), ROOT / "tests" / "data" / "corpus_tiny"]
     for row in rows + [row for folder in packaged for row in read_jsonl(folder / "manifest.jsonl")]:
-        assert (row["phones"][-1] == "sp") == (lj.text_to_phones(row["text"])[-1] == "sp"), row["text"]
+        assert (row["phones"][-1] == "sp") == (text_to_phones(row["text"])[-1] == "sp"), row["text"]
 
 
 def one_clip(spoken, path, phones, bounds, text=None, suffix=".TextGrid"):
@@ -725,10 +733,10 @@ def test_textgrids_are_checked_against_the_text(spoken, tmp_path):
 def test_vowels_without_stress_get_it(spoken, tmp_path):
     item = spoken[0]
     make_ljspeech(
-        one_clip(spoken, tmp_path, lj.bare(item.phones), np.cumsum([0, *item.frames]) / 73.5), progress=False
+        one_clip(spoken, tmp_path, al.bare(item.phones), np.cumsum([0, *item.frames]) / 73.5), progress=False
     )
     phones = manifest(tmp_path / "c")[0]["phones"]
-    assert lj.bare(phones) == lj.bare(item.phones) and all(
+    assert al.bare(phones) == al.bare(item.phones) and all(
         phone[-1].isdigit() for phone in phones if phone[0] in "AEIOU"
     )
 
@@ -736,10 +744,106 @@ def test_vowels_without_stress_get_it(spoken, tmp_path):
 def test_a_limited_run_does_not_move_ljspeech_into_training(tmp_path):
     (tmp_path / "c").mkdir()
     config = LJSpeechConfig(tmp_path, tmp_path / "c")
-    val, test = sorted(lj.split_ids("val"))[0], sorted(lj.split_ids("test"))[0]
+    val, test = sorted(recordings.split_ids("val"))[0], sorted(recordings.split_ids("test"))[0]
     assert lj.stored_split(config, ["LJ001-0001"]) == {"LJ001-0001": "train"}
     assert lj.stored_split(config, ["LJ001-0001", val, test]) == {
         "LJ001-0001": "train",
         val: "val",
         test: "test",
     }
+
+
+@pytest.mark.parametrize(
+    "content, count, reason",
+    [
+        ("id|text\na1|One.\na2|Two.\n", 2, None),
+        ("file_name|transcription\na1|One.\n", 1, None),
+        ("a1|One.|\na2|Two.|\n", 2, None),  # an empty third column
+        ("a/b|One.\na_b|Two.\n", 1, "a_b would be called a_b, as a/b is"),
+        ("a1|One.\nwavs/a1.wav|Two.\n", 1, "a1 stands there a second time"),
+    ],
+)
+def test_lines_of_metadata(tmp_path, content, count, reason):
+    (tmp_path / "metadata.csv").write_text(content, encoding="utf-8")
+    texts, failures = recordings.read_metadata(tmp_path)
+    assert len(texts) == count and all("|" not in text for _, text in texts)
+    assert [why for _, _, why in failures] == [reason] * bool(reason)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_another_encoding_is_said(tmp_path, encoding):
+    (tmp_path / "metadata.csv").write_text("a1|Caf\u00e9.\n", encoding=encoding)
+    with pytest.raises(UserError, match="is not UTF-8 text.*save it as UTF-8"):
+        recordings.read_metadata(tmp_path)
+
+
+def test_what_is_wrong_with_a_recording_is_said(tmp_path):
+    sine = np.sin(np.arange(22050) / 20).astype(np.float32) / 4
+    click = sine * 1e-4
+    click[5000] = 0.9
+    clips = dict(constant=sine * 0 + 0.3, zeros=sine * 0, click=click, nan=sine * np.nan)
+    (tmp_path / "wavs").mkdir()
+    for name, clip in clips.items():
+        soundfile.write(tmp_path / "wavs" / f"{name}.wav", clip, 22050, subtype="FLOAT")
+    for name in clips:
+        with pytest.raises(UserError, match="nan" if name == "nan" else "is silent"):
+            recordings.read_recording(tmp_path, name)
+    soundfile.write(tmp_path / "wavs" / "song.mp3", sine, 22050)
+    with pytest.raises(UserError, match="song.mp3 is there: convert it"):
+        recordings.read_recording(tmp_path, "song")
+    with pytest.raises(UserError, match="nor is there a .flac"):
+        recordings.read_recording(tmp_path, "nothing")
+
+
+def test_odd_recordings_are_taken_with_a_remark(tmp_path, capsys):
+    sine = np.sin(np.arange(22050) / 20).astype(np.float32) / 4
+    (tmp_path / "wavs").mkdir()
+    soundfile.write(tmp_path / "wavs" / "offset.wav", sine + 0.3, 22050)
+    soundfile.write(tmp_path / "wavs" / "quiet.wav", sine * 1e-3, 22050, subtype="FLOAT")
+    for name in ("offset", "quiet"):
+        assert np.abs(recordings.read_recording(tmp_path, name)).max() == 32767
+    remarks = capsys.readouterr().err.splitlines()
+    assert remarks and all(line.startswith("warning: ") for line in remarks) and "DC offset" in remarks[0]
+
+
+def test_no_folder_of_recordings(tmp_path):
+    (tmp_path / "metadata.csv").write_text("a1|One.\n")
+    with pytest.raises(UserError, match="has no folder wavs"):
+        make_ljspeech(LJSpeechConfig(tmp_path, tmp_path / "c"), progress=False)
+
+
+@pytest.mark.parametrize("tier", ["Phones", "phone", "ann - phones"])
+def test_names_of_the_tier(tmp_path, tier):
+    (tmp_path / "a.TextGrid").write_text(textgrid(HELLO, "long", tier))
+    assert read_textgrid(tmp_path / "a.TextGrid").phones == HELLO.phones
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda grid: grid.replace(".", ","), "numbers cannot be read"),
+        (lambda grid: grid.replace("xmin = 0.0 ", "xmin = -0.1 "), "begin at -0.1 s"),
+    ],
+)
+def test_textgrids_with_odd_numbers(tmp_path, change, message):
+    (tmp_path / "a.TextGrid").write_text(change(textgrid(HELLO, "long")))
+    with pytest.raises(UserError, match=message):
+        read_textgrid(tmp_path / "a.TextGrid")
+
+
+def test_half_a_text_is_another_text():
+    phones = text_to_phones("in being comparatively modern")
+    half = Alignment(phones[: len(phones) // 2], np.arange(len(phones) // 2 + 1) / 10)
+    with pytest.raises(UserError, match="another version of the text"):
+        al.check_text(half, "in being comparatively modern")
+    with pytest.raises(UserError, match="nothing but silence"):
+        al.check_text(Alignment(["sil", "sp"], np.arange(3) / 10), "hello there")
+
+
+@pytest.mark.parametrize(
+    "counts, sentences", [((1, 0, 0), 1), ((1, 1, 0), 1), ((9, 0, 1), 1), ((9, 0, 0), 2), ((9, 1, 1), 0)]
+)
+def test_empty_parts_are_said(counts, sentences):
+    report = {part: dict(utterances=count) for part, count in zip(recordings.PARTS, counts)}
+    said = what_is_empty(report)
+    assert len(said) == sentences and (counts != (1, 0, 0) or "too few to train" in said[0])

@@ -14,7 +14,7 @@ import numpy as np
 from dlpo_nb import hibari
 from dlpo_nb.core import UserError, environment
 from dlpo_nb.corpus import FRAME_RATE
-from dlpo_nb.ljspeech import LAG, Alignment, Aligner, compare_alignments
+from dlpo_nb.alignment import LAG, Aligner, Alignment, compare_alignments
 from dlpo_nb.text import VOWELS, prompts, text_to_phones
 
 COUNT = 200
