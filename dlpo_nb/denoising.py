@@ -9,11 +9,10 @@ __all__ = ['windowed_loss', 'grid_level', 'recorded_batch', 'speech_batches', 'd
 import torch
 
 from .core import keyed_generator
-from .corpus import collate
 from .distributed import shard
 from .gradients import Log
 from .mdp import keyed_noise
-from .policy import denoising_loss, state_mask
+from .policy import denoising_loss, recorded, state_mask
 from .rollouts import current_conditioning
 
 # %% ../nbs/39e_denoising.ipynb #02b6e9d9
@@ -64,7 +63,7 @@ def recorded_batch(tuner, *key, rows=None, model=None):  # -> (b, N), (b, C, T),
     c, model = tuner.config, model or tuner.model
     draw = keyed_generator(c.seed, *key, "recordings")
     chosen = torch.randint(len(tuner.corpus), (c.batch_size,), generator=draw).tolist()
-    batch = collate([tuner.corpus[chosen[row]] for row in rows or range(c.batch_size)])
+    batch = recorded(model, [tuner.corpus[chosen[row]] for row in rows or range(c.batch_size)])
     batch = {name: value.to(tuner.device) for name, value in batch.items()}
     with torch.set_grad_enabled(c.trainable == "all" and torch.is_grad_enabled()):
         said = model.condition(batch["ids"], batch["lengths"], durations=batch["durations"])

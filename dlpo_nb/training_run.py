@@ -51,15 +51,15 @@ def claim_folder(config):
 # %% ../nbs/45a_training_run.ipynb #4c967d8a
 def first_model(config, recipe, items):
     "The policy that a run starts with: a fresh one, or a given base."
-    model = recipe.new_policy(items)
-    if config.start_from:
-        base = load_policy(base_path(config.start_from))
-        if base.kind != model.kind or base.config != model.config:
-            raise UserError(
-                f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with"
-            )
-        model.load_state_dict(base.state_dict())
-    return model
+    fresh = recipe.new_policy(items)
+    if not config.start_from:
+        return fresh
+    base = load_policy(base_path(config.start_from))
+    if not recipe.fits(base, fresh):
+        raise UserError(
+            f"{config.start_from} is not of the size --arch {config.arch}; give the --arch it was trained with"
+        )
+    return base
 
 
 def load_items(config, sample_rate):
