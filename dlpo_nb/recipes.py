@@ -184,7 +184,8 @@ class UtteranceRecipe(Recipe):
         "The parts as means over these rows."
         with self.autocast(batch):
             said = policy.condition(batch["ids"], batch["lengths"], batch["durations"])
-        x_0 = policy.analyse(batch["audio"], said).detach()
+        size = round(int(said.frames.max()) * policy.sample_rate / policy.frame_rate)  # of these rows
+        x_0 = policy.analyse(batch["audio"][:, :size], said).detach()
         mask = state_mask(said.frames, policy.width)
         noisy = batch["level"], batch["noise"], mask, said.frames
         with self.autocast(batch):
