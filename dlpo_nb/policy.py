@@ -86,8 +86,8 @@ def state_durations(policy, durations, lengths, hop):  # (B, L), (B,) -> (B, L) 
 
 
 def recorded(policy, items) -> dict:
-    """Utterances of a corpus as the policy counts: ids (B, L), lengths (B,), durations (B, L), frames (B,), and
-    audio (B, N) that is as long as they are."""
+    """Utterances of a corpus as the policy counts: ids (B, L), lengths (B,), durations (B, L), frames (B,),
+    and audio (B, N) that is as long as they are."""
     batch, hop = collate(items), items[0].samples / sum(items[0].frames)
     durations = state_durations(policy, batch["durations"], batch["lengths"], hop)
     frames = durations.sum(1)
