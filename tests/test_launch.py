@@ -11,21 +11,13 @@ import torch
 
 from dlpo_nb import launch as module
 from dlpo_nb.core import UserError, asset, run_main
+from dlpo_nb.inputs import banner, load_all_texts, load_base, load_reward
 from dlpo_nb.judges import judge_options
-from dlpo_nb.launch import (
-    LaunchConfig,
-    banner,
-    load_base,
-    load_reward,
-    parse,
-    recorded,
-    rehearse,
-    stored_config,
-    load_all_texts,
-)
+from dlpo_nb.launch import rehearse
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
+from dlpo_nb.settings import LaunchConfig, parse, recorded, stored_config
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +225,7 @@ def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_p
     assert reward.state_dict() == before and reward.pop_components() == {}
     for broken in (
         "dlpo_nb.heldout.aligned_log_mel_distance",
-        "dlpo_nb.heldout.write_rows",
+        "dlpo_nb.launch.write_rows",
         "dlpo_nb.report.write_page",
         "dlpo_nb.launch.write_audio",
     ):

@@ -14,11 +14,11 @@ from dlpo_nb.core import REGISTRIES, UserError
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.evaluate import EvaluateConfig, sound_keys
 from dlpo_nb.judges import identity
-from dlpo_nb.launch import parse
 from dlpo_nb.objectives import OBJECTIVES, get_objective
 from dlpo_nb.plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
 from dlpo_nb.policies import POLICIES
 from dlpo_nb.rewards import REWARDS, get_reward
+from dlpo_nb.settings import parse
 from dlpo_nb.systems import System
 
 HERE = Path(__file__).resolve().parent

@@ -20,7 +20,8 @@ from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranki
 from dlpo_nb.core import RunDir, UserError, read_jsonl
 from dlpo_nb.locks import unlock_folders
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import LaunchConfig, applicable, begin, check_resumed, stored_config, train
+from dlpo_nb.launch import begin, train
+from dlpo_nb.settings import LaunchConfig, applicable, check_resumed, stored_config
 from dlpo_nb.weights import read_safetensors
 
 EPISODES = 6

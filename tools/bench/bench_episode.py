@@ -16,17 +16,11 @@ import tyro
 from roofline import ceilings, cost, seconds
 
 from dlpo_nb.core import environment, pick_device
+from dlpo_nb.cost import memory, stand_in_base, stand_in_texts
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import (
-    PRESETS,
-    LaunchConfig,
-    load_base,
-    load_recordings,
-    memory,
-    stand_in_base,
-    stand_in_texts,
-)
+from dlpo_nb.inputs import load_base, load_recordings
 from dlpo_nb.rewards.utmos import UTMOS
+from dlpo_nb.settings import PRESETS, LaunchConfig
 from dlpo_nb.text import text_to_ids
 
 PHASES = ("rollout", "reward", "update")

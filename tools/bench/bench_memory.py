@@ -18,7 +18,9 @@ from bench_episode import Config, level, texts_for
 
 from dlpo_nb.core import environment
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import PRESETS, LaunchConfig, load_recordings, memory, stand_in_base
+from dlpo_nb.cost import memory, stand_in_base
+from dlpo_nb.inputs import load_recordings
+from dlpo_nb.settings import PRESETS, LaunchConfig
 
 SETTINGS = {
     "weights, reference, optimiser": dict(micro_batch=0),

@@ -13,8 +13,9 @@ from bench_episode import level
 from dlpo_nb.core import environment
 from dlpo_nb.config import FinetuneConfig
 from dlpo_nb.finetune import Finetuner
-from dlpo_nb.launch import LaunchConfig, load_base, load_recordings
+from dlpo_nb.inputs import load_base, load_recordings
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.settings import LaunchConfig
 from dlpo_nb.text import prompts
 
 PHASES = ("seconds/rollout", "seconds/update", "seconds")

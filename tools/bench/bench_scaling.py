@@ -15,7 +15,7 @@ import torch
 
 from dlpo_nb.core import environment, read_jsonl
 from dlpo_nb.distributed import all_reduce_sum, join, leave, rank
-from dlpo_nb.launch import stand_in_base
+from dlpo_nb.cost import stand_in_base
 
 ROUNDS, EPISODES = 3, 3
 
