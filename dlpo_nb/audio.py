@@ -35,7 +35,7 @@ def _forget_torchaudio():
 
 def import_torchaudio():
     """The torchaudio module, with its native library where that loads and without it elsewhere;
-    UserError where there is none."""
+    Raises UserError if there is none."""
     try:
         return importlib.import_module("torchaudio")
     except (ImportError, OSError, RuntimeError) as error:
@@ -154,8 +154,8 @@ def sound_faults(audio, sample_rate=SAMPLE_RATE) -> dict:
 # %% ../nbs/01_audio.ipynb #649c5259
 def resample(
     audio,  # (..., N)
-    rate,  # samples a second of `audio`, int
-    new_rate,  # samples a second wanted, int
+    rate,  # samples per second of `audio`, int
+    new_rate,  # samples per second wanted, int
 ):
     "Band-limited (windowed sinc) conversion to `new_rate`: (..., ceil(N * new_rate / rate))."
     if rate == new_rate:
@@ -165,12 +165,12 @@ def resample(
 
 def read_audio(
     path,
-    sample_rate=SAMPLE_RATE,  # expected samples a second; None takes the file as it is
+    sample_rate=SAMPLE_RATE,  # expected samples per second; None takes the file as it is
     resample=False,  # convert a file of another rate instead of refusing it
 ):
     """Mono audio (N,) float32 of a WAV, FLAC, OGG or MP3 file; channels are averaged.
 
-    Raises UserError where it cannot be used; warns (`SoundWarning`) of what `sound_faults` finds in it.
+    Raises UserError if it cannot be used; warns (`SoundWarning`) of what `sound_faults` finds in it.
     """
     try:
         with open(path, "rb") as file:
@@ -189,7 +189,7 @@ def read_audio(
     if sample_rate in (None, rate):
         return mono
     if not resample:
-        raise UserError(f"{path} has {rate} samples a second, {sample_rate} are expected; convert it first")
+        raise UserError(f"{path} has {rate} samples per second, {sample_rate} are expected; convert it first")
     return import_torchaudio().functional.resample(mono, rate, sample_rate)
 
 
@@ -240,14 +240,14 @@ def log_mel_distance(a, b):
 
 # %% ../nbs/01_audio.ipynb #bcc45ac4
 def mp3_bytes(audio, sample_rate=SAMPLE_RATE):
-    "`audio` (N,) as the bytes of an MP3 file, about 4 kB a second."
+    "`audio` (N,) as the bytes of an MP3 file, about 4 kB per second."
     file = io.BytesIO()
     samples = audio.detach().float().cpu().clamp(-1, 1).numpy()
     try:
         soundfile.write(file, samples, sample_rate, format="MP3", compression_level=0.9)
     except (TypeError, soundfile.SoundFileError) as error:
         raise UserError(
-            f"no MP3 at {sample_rate} samples a second ({error}); resample to {SAMPLE_RATE} first"
+            f"no MP3 at {sample_rate} samples per second ({error}); resample to {SAMPLE_RATE} first"
         ) from error
     return file.getvalue()
 

@@ -173,7 +173,7 @@ def check_steps(c):
     if c.rollout_steps < 2:
         raise UserError(
             f"--rollout-steps is {c.rollout_steps}; it must be at least 2, since the last step of a "
-            "chain is no action."
+            "chain is not an action."
         )
     if not 0 <= c.fork < c.rollout_steps:
         raise UserError(

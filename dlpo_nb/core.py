@@ -87,7 +87,7 @@ class Registry:
         return add
 
     def get(self, name):
-        "The entry called `name`; UserError naming the choices where there is none."
+        "The entry called `name`. Raises UserError, with the choices, if there is none."
         if name not in self.entries:
             near = difflib.get_close_matches(str(name), self.entries, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ";"
@@ -119,7 +119,7 @@ def keyed_generator(
 # %% ../nbs/00_core.ipynb #46c80a7e
 def pick_device(name="auto"):
     """The torch.device called `name`; `auto` is the GPU when there is one, else the CPU.
-    UserError where it is not there."""
+    Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -138,7 +138,7 @@ PACKAGE = Path(importlib.util.find_spec("dlpo_nb").submodule_search_locations[0]
 
 
 def asset(name):
-    "Path of the packaged file `name`; UserError where the package has no such file."
+    "Path of the packaged file `name`. Raises UserError if the package has no such file."
     path = PACKAGE / "assets" / name
     if not path.exists():
         raise UserError(
@@ -299,7 +299,7 @@ def split_lines(text: str) -> list[str]:
 # %% ../nbs/00_core.ipynb #30f5735e
 def read_jsonl(path):
     """The rows of a .jsonl file as dicts; a last line that was never finished is skipped,
-    a damaged one is a UserError."""
+    Raises UserError if another is damaged."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.split("\n")[:-1]]
@@ -327,7 +327,7 @@ class RunDir:
     tensorboard/.
 
     `create=False` opens an existing run for reading.
-    UserError where the folder cannot be written (or is not there)."""
+    Raises UserError if the folder cannot be written (or is not there)."""
 
     SUBFOLDERS = ("checkpoints", "samples", "tensorboard")
 
@@ -357,7 +357,7 @@ class RunDir:
             path.write_text(json.dumps(plain(obj), indent=2) + "\n", encoding="utf-8")
 
     def read_json(self, name):
-        "What `write_json` wrote; UserError where the file is missing or damaged."
+        "What `write_json` wrote. Raises UserError if the file is missing or damaged."
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -372,7 +372,7 @@ class RunDir:
         return read_jsonl(self.path / "metrics.jsonl")
 
     def trim_metrics(self, end, key="episode"):
-        """Keep the rows before `end`; a run that was stopped between a row and its state goes on from the
+        """Keep the rows before `end`: a run that was stopped between a row and its state resumes from the
         state."""
         if not (self.path / "metrics.jsonl").exists():
             return

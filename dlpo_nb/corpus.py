@@ -55,7 +55,7 @@ def read_flac(
     sample_rate=SAMPLE_RATE,
 ):
     """Audio (samples,) int16, or None without `decode`.
-    UserError where the file cannot be read or is another's."""
+    Raises UserError if the file cannot be read or is another's."""
     try:
         with soundfile.SoundFile(path) as file:
             found = file.channels, file.frames, file.samplerate
@@ -148,7 +148,7 @@ def load_corpus(
     sample_rate: int = SAMPLE_RATE,  # Hz, of the model that will hear it
 ) -> Corpus:
     """All utterances of a corpus, in memory up to `HELD` samples.
-    UserError where files are missing or do not fit the manifest."""
+    Raises UserError if files are missing or do not fit the manifest."""
     folder = Path(folder)
     if not (folder / "manifest.jsonl").is_file():
         raise UserError(

@@ -56,7 +56,7 @@ def scheme_string(text):
 
 
 def check_festival():
-    "UserError, saying what to install, where festival or its voice is missing."
+    "Raises UserError, saying what to install, if festival or its voice is missing."
     if shutil.which("festival") is None:
         raise UserError(f"the program festival is not here; {INSTALL}")
     run = subprocess.run(["festival", "-b", f"(voice_{VOICE})"], capture_output=True, text=True)
@@ -92,7 +92,7 @@ def read_utterance(
     final_pause: bool,  # `ends_in_pause` of the text
 ):
     """(audio (samples,) int16 at 22.05 kHz, peak at full scale; phones; frames of each phone).
-    ValueError for a file that was not finished."""
+    Raises ValueError if a file was not finished."""
     from scipy.signal import resample_poly
 
     *rows, last = split_lines(stem.with_suffix(".phones").read_text())
@@ -189,7 +189,7 @@ class CorpusConfig:
 
 
 def _finished(config, texts):
-    "Ids that the corpus has; UserError where they belong to other texts or another voice."
+    "Ids that the corpus has. Raises UserError if they belong to other texts or another voice."
     out, path = config.out, config.out / "manifest.jsonl"
     rows = read_jsonl(path) if path.exists() else []
     for row in rows:
@@ -238,7 +238,7 @@ def _festival_spoken(chunks, out, workers):
 
 def _voice(config):
     """What speaks chunks of texts, to be opened by `with`;
-    UserError where the voice is missing or has another rate."""
+    Raises UserError if the voice is missing or has another rate."""
     if config.voice == "hibari":
         hibari.check_hibari(config.sample_rate)
         return partial(hibari.spoken, sample_rate=config.sample_rate)

@@ -25,16 +25,14 @@ def windowed_loss(
     width: int,  # frames of the window; 0: whole utterances
     key: tuple,  # of the random numbers
     t: int | None = None,  # the level's index; None: drawn for each utterance
-    rows: list
-    | None = None,  # (B,) places of the utterances in the whole batch, for the draws; None: 0, 1, ...
+    rows: list | None = None,  # (B,) places of the utterances in the batch, for the draws; None: 0, 1, ...
 ) -> torch.Tensor:  # (B,) with gradient
     """Denoising loss D of each utterance on a random window, at one level each;
     the same however the batch is divided."""
     keys = [(*key, row) for row in (range(len(x_0)) if rows is None else rows)]
     width = min(width or int(frames.max()), int(frames.max()))
-    draws = torch.stack(
-        [torch.rand(2, generator=keyed_generator(*k, "window"), dtype=torch.float64) for k in keys]
-    )
+    generators = (keyed_generator(*k, "window") for k in keys)
+    draws = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])  # (B, 2)
     index = (draws[:, :1] * len(levels)).long() if t is None else torch.full((len(keys), 1), t)
     start = (draws[:, 1] * ((frames.cpu() - width).clamp(min=0) + 1)).long().tolist()
 
@@ -46,9 +44,8 @@ def windowed_loss(
     # an utterance that ends inside the window ends there for the network too
     inside = (frames - torch.tensor(start, device=frames.device)).clamp(max=width)
     mask = window(state_mask(frames, size), size)
-    return denoising_loss(
-        policy, window(x_0, size), window(hidden, 1), level, noise, mask, inside, reduction="none"
-    )
+    x_0, hidden = window(x_0, size), window(hidden, 1)
+    return denoising_loss(policy, x_0, hidden, level, noise, mask, inside, reduction="none")
 
 
 def grid_level(j: int, count: int, levels: int = 1000) -> int:
@@ -57,45 +54,44 @@ def grid_level(j: int, count: int, levels: int = 1000) -> int:
     return round(levels - 1 - (levels - 10) * j / (count - 1))
 
 # %% ../nbs/39e_denoising.ipynb #6f214c1b
-def recorded_batch(tuner, *key, rows=None, model=None):  # -> (b, N), (b, C, T), (b,), (b,)
-    """As many recorded utterances as the batch has rollouts, those at `rows`: x_0, hidden, frames,
-    duration loss."""
+def recorded_batch(tuner, *key, rows=None, model=None):
+    """As many recorded utterances as the batch has rollouts, those at the b `rows`:
+    x_0 (b, N), hidden (b, C, T), frames (b,), duration loss (b,)."""
     c, model = tuner.config, model or tuner.model
     draw = keyed_generator(c.seed, *key, "recordings")
     chosen = torch.randint(len(tuner.corpus), (c.batch_size,), generator=draw).tolist()
     batch = recorded(model, [tuner.corpus[chosen[row]] for row in rows or range(c.batch_size)])
     batch = {name: value.to(tuner.device) for name, value in batch.items()}
     with torch.set_grad_enabled(c.trainable == "all" and torch.is_grad_enabled()):
-        said = model.condition(batch["ids"], batch["lengths"], durations=batch["durations"])
-    x_0 = model.analyse(batch["audio"], said)
-    return x_0, said.hidden, batch["frames"], model.duration_loss(said, batch["durations"])
+        conditioning = model.condition(batch["ids"], batch["lengths"], durations=batch["durations"])
+    x_0, duration_loss = model.analyse(batch["audio"], conditioning), model.duration_loss
+    return x_0, conditioning.hidden, batch["frames"], duration_loss(conditioning, batch["durations"])
 
 
 def speech_batches(tuner, trajectories, source, key):
-    """Yields rows of micro-batches, of recordings (data) or own speech (sample), and what `recorded_batch`
-    gives of them."""
+    """Yields micro-batches of recordings (data) or own speech (sample):
+    their rows, and what `recorded_batch` returns of them."""
     c = tuner.config
     if source == "data":
-        mine, size = shard(range(c.batch_size)), max(c.micro_batch, c.group_size)
-        for rows in (mine[i : i + size] for i in range(0, len(mine), size)):
+        local, size = shard(range(c.batch_size)), max(c.micro_batch, c.group_size)
+        for rows in (local[i : i + size] for i in range(0, len(local), size)):
             yield rows, *recorded_batch(tuner, *key, rows=rows)
     else:
         for t in trajectories:
-            said = current_conditioning(tuner, t).repeat(c.group_size)
-            yield t.rows, t.x_0, said.hidden, said.frames, 0.0
+            conditioning = current_conditioning(tuner, t).repeat(c.group_size)
+            yield t.rows, t.x_0, conditioning.hidden, conditioning.frames, 0.0
 
 
 def denoising_losses(tuner, trajectories, source, e, inner):
-    """Yields the level's number, rows of the batch, their D (b,) and duration loss (b,),
-    over the levels of an update."""
+    """Yields, for each level of an update and each micro-batch: the level's number, the b rows of the batch,
+    their D (b,) and their duration loss, (b,) or 0."""
     c = tuner.config
     for j in range(c.denoising_steps):
         key = ("guidance", e, inner, j)
         t = grid_level(j, c.denoising_steps, len(tuner.levels)) if c.denoising_levels == "grid" else None
         for rows, x_0, hidden, frames, durations in speech_batches(tuner, trajectories, source, key):
-            losses = windowed_loss(
-                tuner.model, x_0, hidden, frames, tuner.levels, c.denoising_frames, (c.seed, *key), t, rows
-            )
+            width, draws = c.denoising_frames, (c.seed, *key)
+            losses = windowed_loss(tuner.model, x_0, hidden, frames, tuner.levels, width, draws, t, rows)
             yield j, rows, losses, durations
 
 

@@ -20,7 +20,7 @@ from .reference import step_kl
 from .rollouts import collect, make_advantages, score_audio
 
 # %% ../nbs/43_diagnostics.ipynb #9804f124
-def signal_and_noise(gradients: torch.Tensor) -> dict:  # (n, parameters), a row a group
+def signal_and_noise(gradients: torch.Tensor) -> dict:  # (n, parameters), a row per group
     """Unbiased squared norm of the mean gradient with its jackknife error, noise of one group,
     groups needed for signal = noise."""
     gram = (gradients @ gradients.T).double()
@@ -46,22 +46,18 @@ def gradient_signal(tuner, episode: int = 0, progress=False) -> dict:
     if len(trajectories) < 3:
         raise UserError("signal and noise need the gradients of at least 3 texts: raise the batch size.")
     advantages = make_advantages(tuner, score_audio(tuner, collected), episode).to(tuner.device)
-    rows, whole = [], 0.0
+    rows, all_steps = [], 0.0
     for s, step in enumerate(tqdm(trajectories[0].steps, disable=not progress, unit="step")):
         vectors = []
         for t in trajectories:
             gradients, (log_prob, _) = Gradients(tuner.parameters), replay(tuner.model, tuner.schedule, t, s)
             gradients.add(Loss(policy=-(advantages[t.rows] * log_prob).mean()), 1.0)
             vectors.append(gradients.part("policy"))
-        whole = whole + torch.stack(vectors)
-        rows.append(
-            {
-                "step": step,
-                "sigma": float(tuner.schedule.sigma(step)),
-                **signal_and_noise(torch.stack(vectors)),
-            }
-        )
-    return {"groups": len(trajectories), "group_size": c.group_size, **signal_and_noise(whole), "steps": rows}
+        all_steps = all_steps + torch.stack(vectors)  # (groups, parameters)
+        sigma = float(tuner.schedule.sigma(step))
+        rows.append({"step": step, "sigma": sigma, **signal_and_noise(torch.stack(vectors))})
+    measured = signal_and_noise(all_steps)
+    return {"groups": len(trajectories), "group_size": c.group_size, **measured, "steps": rows}
 
 # %% ../nbs/43_diagnostics.ipynb #3b7e3ee5
 @torch.no_grad()
@@ -71,25 +67,16 @@ def drift(tuner, texts: list) -> dict:
     c, key = tuner.config, (tuner.config.seed, "drift")
     steps, total = draw_steps("all", c.rollout_steps), 0.0
     for n, text in enumerate(texts):
-        t = rollout(tuner.model, tuner.schedule, [text], tuner.model.encode([text]), steps, key, [n])
+        ids = tuner.model.encode([text])
+        t = rollout(tuner.model, tuner.schedule, [text], ids, steps, key, indices=[n])
         for s in range(len(steps)):
             _, eps = replay(tuner.model, tuner.schedule, t, s)
             total += float(step_kl(tuner, t, s, eps, reduction="mean").mean()) / len(texts)
     measured = {"kl": total, "kl_texts": len(texts)}
     for name, model in (("base", tuner.reference), ("tuned", tuner.model)) if tuner.corpus else ():
         x_0, hidden, frames, _ = recorded_batch(tuner, *key, model=model)
-        losses = [
-            windowed_loss(
-                model,
-                x_0,
-                hidden,
-                frames,
-                tuner.levels,
-                c.denoising_frames,
-                (*key, j),
-                grid_level(j, 10, len(tuner.levels)),
-            ).mean()
-            for j in range(10)
-        ]
+        state, width = (x_0, hidden, frames, tuner.levels), c.denoising_frames
+        grid = [grid_level(j, 10, len(tuner.levels)) for j in range(10)]
+        losses = [windowed_loss(model, *state, width, (*key, j), t).mean() for j, t in enumerate(grid)]
         measured[f"diffusion_loss/{name}"] = float(torch.stack(losses).mean())
     return measured

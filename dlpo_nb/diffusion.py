@@ -150,7 +150,7 @@ class Sampler(ReverseProcess):
         form="posterior",  # or "ddim", which takes the direction from the unclipped eps
     ):
         """Mean of p(x_t-1 | x_t), (B, N), float32 or better.
-        ValueError for an unknown form, or eta with the posterior form."""
+        Raises ValueError for an unknown form, or eta with the posterior form."""
         if form not in ("posterior", "ddim") or (form == "posterior" and eta != 1):
             raise ValueError(f"form {form!r} with eta {eta}: use form='posterior' with eta 1, or form='ddim'")
         dtype = torch.promote_types(torch.promote_types(eps.dtype, x_t.dtype), torch.float32)
@@ -198,7 +198,7 @@ class TransitionDensity(Sampler):
         """log p(x_prev | x_t) of each item, (B,) float64; `eps`, `x_t`, `x_prev`, `mask` are (B, N), `x_prev`
         is detached.
 
-        ValueError where sigma is 0. Black et al. 2023, eq. 5, over audio samples."""
+        Raises ValueError if sigma is 0. Black et al. 2023, eq. 5, over audio samples."""
         sigma = self._spread(t, eta, eps.double())
         z = (x_prev.detach().double() - self.mean(eps.double(), x_t.double(), t, clip, eta, form)) / sigma
         return -reduce_samples(z.square() / 2 + sigma.log() + 0.5 * math.log(2 * math.pi), mask, reduction)
@@ -232,7 +232,7 @@ class NoiseSchedule(TransitionDensity):
         lo=1e-3,  # smallest (1 - alpha_bar) / alpha_bar of the geometric spacing
     ):
         """The schedule that visits `n` of this one's noise levels.
-        UserError for an impossible n, spacing or lo."""
+        Raises UserError for an impossible n, spacing or lo."""
         if not 1 <= n <= self.num_steps:
             raise UserError(
                 f"a schedule of {self.num_steps} steps cannot be respaced to {n}; use 1 to {self.num_steps}"

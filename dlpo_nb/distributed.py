@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'all_gather', 'from_first', 'all_reduce_sum', 'shard', 'gather_rows',
-           'abort_all', 'on_first_rank', 'under_torchrun', 'kept_store', 'join', 'leave', 'told', 'run_process',
-           'begun_here', 'write_environment', 'torchrun_options', 'start_processes']
+           'abort_all', 'on_first_rank', 'under_torchrun', 'kept_store', 'join', 'leave', 'count_stopped',
+           'run_process', 'begun_here', 'write_environment', 'torchrun_options', 'start_processes']
 
 # %% ../nbs/04c_distributed.ipynb #a57517dd
 import importlib
@@ -29,16 +29,16 @@ def world_size() -> int:
 
 
 def all_gather(value) -> list:
-    "What every process gave, a list in the order of their ranks; any value that can be pickled, small ones."
+    "The value of every process, a list in the order of their ranks; any small value that can be pickled."
     if world_size() == 1:
         return [value]
-    found = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_first(value):
-    "What process 0 gave, in all processes."
+    "The value of process 0, in all processes."
     return all_gather(value)[0]
 
 
@@ -50,22 +50,22 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard(items) -> list:
-    "What of a list this process works on: every W-th item, beginning with its own number."
+    "The items that this process works on: every W-th one, beginning with its own number."
     return list(items)[rank() :: world_size()]
 
 # %% ../nbs/04c_distributed.ipynb #533f0730
 def gather_rows(
     rows: list,  # (b,) places in the batch that this process has computed
-    values: torch.Tensor,  # (b, ...) what it found there
+    values: torch.Tensor,  # (b, ...) what it has computed there
 ) -> torch.Tensor:  # (B, ...) of all processes, in the order of the batch, on the device of `values`
     "One tensor of what the processes computed apart."
     if world_size() == 1:
-        places, found = torch.as_tensor(rows), values
+        places, gathered = torch.as_tensor(rows), values
     else:
         parts = all_gather((list(rows), values.cpu()))
         places = torch.tensor([row for part, _ in parts for row in part])
-        found = torch.cat([part for rows, part in parts if rows]).to(values.device)
-    return found[places.argsort().to(values.device)]
+        gathered = torch.cat([part for rows, part in parts if rows]).to(values.device)
+    return gathered[places.argsort().to(values.device)]
 
 # %% ../nbs/04c_distributed.ipynb #8ca9764b
 def abort_all(message: str):
@@ -76,18 +76,18 @@ def abort_all(message: str):
 
 
 def on_first_rank(work):
-    """What work() gives, done by process 0 alone, as what writes must be;
-    where that ends in a UserError, all stop, and only the first says why."""
-    found = problem = None
+    """What work() returns; process 0 alone does it, as whatever writes must be.
+    If it ends in a UserError, all processes stop, and only the first says why."""
+    result = problem = None
     if rank() == 0:
         try:
-            found = work()
+            result = work()
         except UserError as error:
             problem = str(error)
-    found, problem = from_first((found, problem))
+    result, problem = from_first((result, problem))
     if problem:
         abort_all(problem)
-    return found
+    return result
 
 # %% ../nbs/04c_distributed.ipynb #fe17c43a
 def under_torchrun() -> bool:
@@ -102,33 +102,33 @@ def kept_store() -> bool:
 
 def join(device: str = "auto") -> torch.device:
     """Join the other processes; returns the device of this one.
-    UserError where a machine has fewer GPUs than processes."""
-    found, local = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
+    Raises UserError if a machine has fewer GPUs than processes."""
+    device, local = pick_device(device), int(os.environ.get("LOCAL_RANK", 0))
     if not under_torchrun():
-        return found
-    if found.type == "cuda":
+        return device
+    if device.type == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(
                 f"there are more processes than GPUs here ({torch.cuda.device_count()}); "
                 "lower --nproc-per-node, or say --device cpu"
             )
-        found = torch.device("cuda", local)
-        torch.cuda.set_device(found)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         # its functions take the group that exists on import as their default and would keep it past `leave`;
         # torch.optim imports it late
         importlib.import_module("torch.distributed.nn")
         store, number, count = next(dist.rendezvous("env://"))
         if kept_store():
-            # a process has said why the run cannot go on; to start it again changes nothing
+            # a process has said why the run cannot continue; starting it again would change nothing
             if store.add("stopped", 0):
                 raise SystemExit(2)
             # torchrun keeps this store when it starts processes again, and with it the addresses of the dead
             store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         BOARD.append(store)
-        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=BOARD[-1], rank=number, world_size=count, timeout=PATIENCE)
-    return found
+    return device
 
 
 def leave():
@@ -142,8 +142,8 @@ BOARD = []  # the store of the processes' meeting, once they have met
 PATIENCE = timedelta(hours=12)
 
 
-def told(by_me: bool) -> int:
-    "How many processes have had to say why they stop, this one included if `by_me`."
+def count_stopped(by_me: bool) -> int:
+    "How many processes have stopped for a reason of their own, this one included if `by_me`."
     if BOARD:
         try:
             return BOARD[-1].add("told", int(by_me))
@@ -159,13 +159,13 @@ def run_process(work):
     try:
         work()
     except (UserError, KeyboardInterrupt) as error:
-        if told(by_me=True) > 1:
+        if count_stopped(by_me=True) > 1:
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
         if BOARD and kept_store():
             BOARD[-1].underlying_store.add("stopped", 1)
         raise
     except RuntimeError as error:
-        if world_size() > 1 and told(by_me=False):  # only that the others are gone
+        if world_size() > 1 and count_stopped(by_me=False):  # only that the others are gone
             raise SystemExit(1) from error
         raise
     finally:

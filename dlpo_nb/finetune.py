@@ -55,8 +55,8 @@ class Loop:
         }
 
     def update(self, rollouts, advantages, e) -> dict:
-        """Learn from a batch; returns the statistics of the first epoch,
-        and of the last one how far the ratio has moved."""
+        """Learn from a batch, given its `advantages` (batch,);
+        returns the statistics of the first epoch, and of the last one how far the ratio has moved."""
         first, penalty = {}, None
         for epoch in range(self.config.inner_epochs):
             gradients, log = Gradients(self.parameters), Log()
@@ -100,8 +100,7 @@ class Finetuner(Loop):
         if "denoising" in self.objective.needs and self.objective.denoising_source == "data" and not corpus:
             raise UserError(
                 "the denoising loss is to be taken on recorded speech, but there is none; "
-                "give a corpus or say "
-                "--denoising-source sample."
+                "give a corpus or say --denoising-source sample."
             )
         self.buffer, self.next_episode = self.objective.new_buffer(), 0
 
@@ -114,8 +113,8 @@ class Finetuner(Loop):
 
     def state_dict(self):
         "All that is needed to resume."
-        kept = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "buffer")}
-        return kept | {
+        states = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "buffer")}
+        return states | {
             "reward": as_reward(self.reward).state_dict(),
             "next_episode": self.next_episode,
             "method": self.config.method,
@@ -140,8 +139,8 @@ class Slice(NamedTuple):
 
 
 def policy_slice(tuner, t, s, advantages, penalty) -> Slice:
-    """One trained step of a trajectory: its actions under the policy and, where the objective asks,
-    the reference."""
+    """The s-th trained step of a trajectory: its actions under the policy and, where the objective needs it,
+    the reference. `advantages` (batch,) and `penalty` (batch,) or None are those of the whole batch."""
     c, needs = tuner.config, tuner.objective.needs
     log_prob, eps = replay(tuner.model, tuner.schedule, t, s, current_conditioning(tuner, t))
     kl = step_kl(tuner, t, s, eps, tuner.objective.kl_form) if "kl" in needs else None
@@ -149,11 +148,16 @@ def policy_slice(tuner, t, s, advantages, penalty) -> Slice:
     group = torch.tensor(t.rows, device=log_prob.device) // c.group_size
     weight = step_weight(c.train_steps, c.rollout_steps) * len(t.x_0) / c.batch_size
     subtracted = None if penalty is None else penalty[t.rows]
-    return Slice(
-        Replay(advantages[t.rows], log_prob, t.log_prob[s], kl, subtracted, None, reference, group),
-        weight,
-        {},
+    piece = Replay(
+        advantages[t.rows],
+        log_prob,
+        t.log_prob[s],
+        kl=kl,
+        in_reward_penalty=subtracted,
+        reference_log_prob=reference,
+        group=group,
     )
+    return Slice(piece, weight, {})
 
 
 def denoising_slices(tuner, trajectories, advantages, e, epoch, log):
@@ -164,9 +168,9 @@ def denoising_slices(tuner, trajectories, advantages, e, epoch, log):
     name = "diffusion_loss" if source == "data" else "diffusion_loss/sample"
     for _, rows, d, durations in denoising_losses(tuner, trajectories, source, e, epoch):
         log.add_rows(rows, d, c.denoising_steps)
-        own = None if source == "data" else advantages[rows]  # recordings have no reward
-        replayed = Replay(own, denoising=d + c.duration_weight * durations)
-        yield Slice(replayed, len(d) / (c.batch_size * c.denoising_steps), {name: d.detach().mean()})
+        rewarded = None if source == "data" else advantages[rows]  # recordings have no reward
+        piece = Replay(rewarded, denoising=d + c.duration_weight * durations)
+        yield Slice(piece, len(d) / (c.batch_size * c.denoising_steps), {name: d.detach().mean()})
 
 
 def in_reward_penalty(tuner, trajectories, log):
@@ -238,8 +242,7 @@ def load_state(tuner, path):
         if state["method"] != tuner.config.method:
             raise UserError(
                 f"this run was begun with --method {state['method']}; "
-                "resume it with that, or start a new run "
-                f"for {tuner.config.method}."
+                f"resume it with that, or start a new run for {tuner.config.method}."
             )
         tuner.load_state_dict(state)
     except UserError:

@@ -18,15 +18,15 @@ class Gradients:
         self.parameters, self.parts = parameters, {}
 
     def add(self, loss, weight: float):
-        "Add those of a slice's `Loss`, weighted."
+        "Add those of a slice's `Loss`, times its weight."
         parts = {name: getattr(loss, name) for name in ("policy", "penalty")}
         parts = {name: value for name, value in parts.items() if value is not None and value.requires_grad}
         for n, (name, value) in enumerate(parts.items(), 1):
             grads = torch.autograd.grad(
                 weight * value, self.parameters, retain_graph=n < len(parts), allow_unused=True
             )
-            pairs = zip(self.parameters, grads)
-            flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten() for p, grad in pairs])
+            filled = (torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, grads))
+            flat = torch.cat([grad.flatten() for grad in filled])  # (parameters,)
             self.parts[name] = self.parts[name] + flat if name in self.parts else flat
 
     def part(self, name) -> torch.Tensor:
@@ -65,17 +65,17 @@ class Log:
         self.entries.append((weight, torch.as_tensor(loss).detach(), stats or {}))
 
     def add_rows(self, rows: list, values: torch.Tensor, count: int):  # values (b,)
-        "Add one of `count` looks at each place in the batch to their mean."
+        "Add one of `count` measurements at each place in the batch to their mean."
         for row, value in zip(rows, values.detach()):
             self.per_row[row] = self.per_row.get(row, 0.0) + value / count
 
     def means(self) -> dict:
         "The total loss, and the mean of each statistic over those slices that have it."
-        mine = [
+        local = [
             (weight, float(loss), {k: float(v) for k, v in stats.items()})
             for weight, loss, stats in self.entries
         ]
-        entries = [entry for part in all_gather(mine) for entry in part]
+        entries = [entry for part in all_gather(local) for entry in part]
         means = {"loss": sum(weight * loss for weight, loss, _ in entries)}
         for name in dict.fromkeys(name for _, _, numbers in entries for name in numbers):
             pairs = [(weight, numbers[name]) for weight, _, numbers in entries if name in numbers]

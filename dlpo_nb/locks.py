@@ -26,8 +26,7 @@ def lock_folder(
     folder,  # an existing folder, e.g. that of a run
     patience=0.0,  # seconds to wait for another process to end
 ):
-    """Lock a folder for this process until it ends, or calls `unlock_folders`; again and again changes
-    nothing.
+    """Lock a folder for this process until it ends, or calls `unlock_folders`; twice is as once.
 
     Raises UserError if another process has locked it, or if the folder cannot be written."""
     name, deadline = Path(folder).resolve(), time.monotonic() + patience
@@ -64,7 +63,7 @@ def _take(file):
     except OSError as error:
         print(
             f"{file.name} cannot be locked here ({error.strerror}); "
-            "see to it that one process only works on a run",
+            "make sure that only one process works on a run",
             file=sys.stderr,
         )
     return True

@@ -23,10 +23,8 @@ class LowRank(nn.Module):
         super().__init__()
         columns = weight[0].numel()
         drawn = torch.randn(rank, columns, generator=generator, dtype=weight.dtype) / columns**0.5
-        self.a, self.b = (
-            nn.Parameter(drawn.to(weight.device)),
-            nn.Parameter(weight.new_zeros(len(weight), rank)),
-        )
+        self.a = nn.Parameter(drawn.to(weight.device))  # (rank, columns)
+        self.b = nn.Parameter(weight.new_zeros(len(weight), rank))  # (O, rank)
         self.scale, self.on = scale, True
 
     def forward(self, weight):
@@ -91,11 +89,11 @@ def merged(model):
     a copy, or itself where there are none."""
     if not adapters(model):
         return model
-    whole = copy.deepcopy(model)
-    for layer in [layer for layer in whole.modules() if parametrize.is_parametrized(layer)]:
+    plain = copy.deepcopy(model)
+    for layer in [layer for layer in plain.modules() if parametrize.is_parametrized(layer)]:
         weight = layer.weight.detach()
         # torch's own removal would change the class, which the copy shares with the model
         layer.__class__ = layer.__class__.__bases__[0]
         del layer.parametrizations
         layer.weight = nn.Parameter(weight)
-    return whole
+    return plain

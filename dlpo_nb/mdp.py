@@ -25,18 +25,12 @@ def draw_steps(
     "Choose the steps of the chain whose actions are trained."
     kind, _, count = spec.partition(":")
     actions = num_steps - 1
-    valid = (
-        kind == "all"
-        and not count
-        or kind in ("last", "random")
-        and count.isdecimal()
-        and 1 <= int(count) <= actions
-    )
-    if not valid:
+    some = kind in ("last", "random") and count.isdecimal() and 1 <= int(count) <= actions
+    if spec != "all" and not some:
         raise UserError(
             f"train steps '{spec}' do not fit a chain of {num_steps} steps: "
-            "say 'all', 'last:N' or 'random:N' "
-            f"with N from 1 to {actions} (the last step is deterministic and is no action)."
+            f"say 'all', 'last:N' or 'random:N' with N from 1 to {actions} (the last step is "
+            "deterministic and is not an action)."
         )
     if kind == "random":
         chosen = (torch.randperm(actions, generator=generator)[: int(count)] + 1).tolist()
@@ -89,16 +83,24 @@ def spread(values: torch.Tensor, rows: int) -> torch.Tensor:  # (b, ...) -> (row
 
 
 def keyed_noise(
-    keys,
-    sizes,
+    keys,  # a tuple per item, of the generator
+    sizes,  # a length per item
     device="cpu",
-):  # a tuple and a number of numbers for each item -> (len(keys), max(sizes))
-    "Standard normal noise, an item at a time, each from the generator of its own key; 0 past an item's end."
+) -> torch.Tensor:  # (len(keys), max(sizes))
+    "Standard normal noise, each item from the generator of its own key; 0 past an item's end."
     rows = [torch.randn(size, generator=keyed_generator(*key)) for key, size in zip(keys, sizes, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
-def step_noise(key, indices, sizes, group_size, step, fork, device):
+def step_noise(
+    key: tuple,  # first part of the keys
+    indices: list,  # (B) of the texts
+    sizes: list,  # (B) numbers of their states
+    group_size: int,  # G
+    step: int,
+    fork: int | None,
+    device,
+) -> torch.Tensor:
     "The noise of one step: (B, N) above the fork, where the members of a text share it, else (B*G, N)."
     members = range(group_size) if fork is None or step <= fork else [-1]
     keys = [(*key, index, member, step) for index in indices for member in members]
@@ -113,7 +115,7 @@ def predict_noise(policy, schedule, x, conditioning, t):
 
 
 def action_log_prob(policy, schedule, x_t, x_prev, conditioning, t, reduction="mean"):
-    """log p(x_prev | x_t) (B*G,) of actions, and eps;
+    """log p(x_prev | x_t) (B*G,) of actions x_prev (B*G, N), and eps, as many rows as x_t;
     x_t (B or B*G, N) may hold one row for all members of a text."""
     eps = predict_noise(policy, schedule, x_t, conditioning, t)
     mask = state_mask(conditioning.frames, policy.width)
@@ -147,7 +149,7 @@ def reverse_chain(
     steps: list,  # trained steps, whose pairs are kept
     reduction: str = "mean",  # of log-probabilities over the numbers of a state: mean or sum
 ):  # x_0 (B*G, N), list of (x_t, x_prev, log_prob (B*G,), x0_clipped_share) for each trained step
-    "From noise to the last state; the last step is no action, since there is nothing random in it."
+    "From noise to the last state; the last step is not an action, since there is nothing random in it."
     x, mask, pairs = noise(schedule.num_steps), state_mask(conditioning.frames, policy.width), []
     for t in range(schedule.num_steps - 1, 0, -1):
         eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
@@ -210,8 +212,9 @@ def replay(
     trajectory: Trajectory,
     s: int,  # which of the stored steps
     conditioning: Conditioning | None = None,  # of the B texts, fresh, where the encoder is trained too
-):  # -> (B*G,), (rows of x_t, N)
-    "Log-probability, with gradient, of the stored actions of one step under the current weights; also eps."
+) -> tuple:
+    """Log-probability (B*G,), with gradient, of the stored actions of one step under the current weights;
+    and eps (rows of x_t, N)."""
     t = trajectory
     conditioning = t.conditioning if conditioning is None else conditioning
     return action_log_prob(policy, schedule, t.x_t[s], t.x_prev[s], conditioning, t.steps[s], t.reduction)
@@ -222,9 +225,9 @@ def select_text(t: Trajectory, i: int) -> Trajectory:
     G, B = t.group_size, len(t.indices)
     members, size, samples = slice(i * G, (i + 1) * G), int(t.x_0_lengths[i * G]), int(t.audio_lengths[i * G])
 
-    def states(x):  # (B or B*G, N)
-        each = len(x) // B
-        return x[i * each : (i + 1) * each, :size]
+    def states(x):  # (B or B*G, N) -> (1 or G, size)
+        rows = len(x) // B
+        return x[i * rows : (i + 1) * rows, :size]
 
     return replace(
         t,

@@ -9,13 +9,13 @@ __all__ = ['reference_conditioning', 'reference_log_prob', 'log_ratios', 'step_k
 import torch
 
 from .distributed import all_gather, gather_rows
-from .mdp import predict_noise, replay, select_text, spread
+from .mdp import Trajectory, predict_noise, replay, select_text, spread
 from .objectives.base import kl_divergence
-from .policy import state_mask
+from .policy import Conditioning, state_mask
 from .rollouts import current_conditioning, rows_of
 
 # %% ../nbs/39f_reference.ipynb #481a8fcf
-def reference_conditioning(tuner, t):
+def reference_conditioning(tuner, t: Trajectory) -> Conditioning:  # of its B texts
     "What the reference makes of a trajectory's texts, with the same durations."
     if tuner.config.trainable == "decoder":  # the encoder is the reference's still
         return t.conditioning
@@ -33,10 +33,9 @@ def log_ratios(tuner, trajectories) -> torch.Tensor:  # (batch,)
     summed over trained steps and all numbers of the state."""
     ratios = []
     for t in trajectories:
-        size = t.x_0_lengths if t.reduction == "mean" else 1
-        ratios.append(
-            size * sum(t.log_prob[s] - reference_log_prob(tuner, t, s) for s in range(len(t.steps)))
-        )
+        size = t.x_0_lengths if t.reduction == "mean" else 1  # (B*G,)
+        per_step = (t.log_prob[s] - reference_log_prob(tuner, t, s) for s in range(len(t.steps)))
+        ratios.append(size * sum(per_step))
     return gather_rows(rows_of(trajectories), torch.cat(ratios))
 
 
@@ -45,9 +44,8 @@ def step_kl(tuner, t, s, eps, form="exact", reduction=None) -> torch.Tensor:  # 
     given the policy's eps (rows of x_t, N) there."""
     x = t.x_t[s]
     with torch.no_grad():
-        eps_ref = predict_noise(
-            tuner.reference, tuner.schedule, x, reference_conditioning(tuner, t), t.steps[s]
-        )
+        conditioning = reference_conditioning(tuner, t)
+        eps_ref = predict_noise(tuner.reference, tuner.schedule, x, conditioning, t.steps[s])
     mask = spread(state_mask(t.conditioning.frames, tuner.model.width), len(x))
     kl = kl_divergence(tuner.schedule, eps, eps_ref, x, t.steps[s], mask, reduction or t.reduction, form)
     return spread(kl, len(t.x_0))

@@ -11,8 +11,9 @@ import torch
 
 from .core import keyed_generator
 from .distributed import abort_all, all_gather, gather_rows, shard, world_size
-from .mdp import draw_steps, rollout
+from .mdp import Trajectory, draw_steps, rollout
 from .objectives import advantages
+from .policy import Conditioning
 from .rewards.base import ScoringQueue, as_reward
 
 # %% ../nbs/39d_rollouts.ipynb #50997b01
@@ -39,8 +40,8 @@ def micro_batches(tuner, e) -> list:
     """This process's texts of episode e as lists of (place in the batch, index of the text),
     similar lengths together."""
     chosen = sorted(enumerate(texts_of_episode(tuner, e)), key=lambda pair: len(tuner.ids[pair[1]]))
-    mine, size = shard(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
-    return [mine[i : i + size] for i in range(0, len(mine), size)]
+    local, size = shard(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
+    return [local[i : i + size] for i in range(0, len(local), size)]
 
 
 def collect(tuner, e, queue=None) -> list:
@@ -52,14 +53,14 @@ def collect(tuner, e, queue=None) -> list:
         t = rollout(
             tuner.model,
             tuner.schedule,
-            [tuner.texts[i] for i in chosen],
-            [tuner.ids[i] for i in chosen],
-            steps,
-            (c.seed, "rollout", e),
-            rows,
-            c.group_size,
-            c.fork or None,
-            c.reduction,
+            texts=[tuner.texts[i] for i in chosen],
+            ids=[tuner.ids[i] for i in chosen],
+            steps=steps,
+            key=(c.seed, "rollout", e),
+            indices=rows,
+            group_size=c.group_size,
+            fork=c.fork or None,
+            reduction=c.reduction,
         )
         trajectories.append(t)
         if queue is not None:
@@ -72,7 +73,7 @@ def rows_of(trajectories) -> list:
     return [row for t in trajectories for row in t.rows]
 
 
-def current_conditioning(tuner, t):
+def current_conditioning(tuner, t: Trajectory) -> Conditioning:  # of its B texts
     """Conditioning of a trajectory's texts for the update:
     the stored one, or a fresh one where the encoder is trained."""
     if tuner.config.trainable == "decoder":
@@ -81,7 +82,7 @@ def current_conditioning(tuner, t):
 
 # %% ../nbs/39d_rollouts.ipynb #993e75e1
 def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) float32
-    "Rewards of the whole batch in its order: of what the queue was given in `collect`, or scored here."
+    "Rewards of the whole batch in its order: of what `collect` gave to the queue, or scored here."
     if queue is None:
         with ScoringQueue(tuner.reward) as queue:
             for t in trajectories:
@@ -120,9 +121,8 @@ def rollout_statistics(tuner, trajectories, queue) -> dict:
     failures = len({failure.index for failure in queue.last_failures})
     samples = sum(float(t.audio_lengths.sum()) for t in trajectories)
     clipped = sum(t.x0_clipped_share * len(t.indices) for t in trajectories)
-    failures, scoring, samples, clipped = map(
-        sum, zip(*all_gather((failures, queue.seconds, samples, clipped)))
-    )
+    sums = map(sum, zip(*all_gather((failures, queue.seconds, samples, clipped))))
+    failures, scoring, samples, clipped = sums
     c = tuner.config
     return {
         "reward/failed": failures,

@@ -17,7 +17,7 @@ from .core import UserError
 
 # %% ../nbs/49_statistics.ipynb #9e59987e
 def bootstrap_interval(
-    x,  # (n,) values, one a text
+    x,  # (n,) values, one per text
     level=0.95,  # share of the resampled means inside
     n=10000,  # resamples
     seed=0,
@@ -26,7 +26,7 @@ def bootstrap_interval(
     x = np.asarray(x, dtype=float)
     if x.ndim != 1 or not len(x):
         raise UserError(
-            f"an interval needs a list of numbers, one a text, but got an array of shape {x.shape}"
+            f"an interval needs a list of numbers, one per text, but got an array of shape {x.shape}"
         )
     means = x[np.random.default_rng(seed).integers(len(x), size=(n, len(x)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -85,7 +85,7 @@ def describe(values):
 
 def values_of(rows, name):  # {system: {text's place: value}}, list of the places left out
     """A measurement of every system. A text whose utterance was heard and refused by the judge, of any system
-    that has values, is left out for all: means over different texts are no comparison. A text that a system
+    that has values, is left out for all: means over different texts cannot be compared. A text that a system
     has not spoken is missing for that system alone."""
     values = {
         s: {i: row[name] for i, row in enumerate(own) if row.get(name) is not None} for s, own in rows.items()
@@ -179,7 +179,7 @@ def mean_and_sd(measure, values):
 
 
 def table_of_means(result, columns=5):
-    """Mean ± standard deviation: a row a system, a column a measurement,
+    """Mean ± standard deviation: a row per system, a column per measurement,
     in as many tables of at most 100 columns as it takes."""
     names, blocks = list(result["measures"]), []
     systems = list(result["measures"][names[0]]["systems"]) if names else []

@@ -22,7 +22,7 @@ from .core import RunDir, UserError, base_path, split_lines
 from .rewards.base import LONGEST
 
 # %% ../nbs/48_systems.ipynb #8f563efd
-LOWEST_RATE = 16000  # samples a second; below, too much of speech is missing to compare
+LOWEST_RATE = 16000  # samples per second; below, too much of speech is missing to compare
 
 
 class Clip(NamedTuple):
@@ -41,11 +41,11 @@ def read_clip(path) -> tuple:  # `Clip`, list of what was done to it
         info = soundfile.info(path)
     except (OSError, soundfile.SoundFileError):
         raise UserError(
-            f"{path.name} is no audio file that can be read; it is damaged or of another kind"
+            f"{path.name} is not an audio file that can be read; it is damaged or of another kind"
         ) from None
     if info.samplerate < LOWEST_RATE:
         raise UserError(
-            f"{path.name} has {info.samplerate} samples a second, at least {LOWEST_RATE} are needed to "
+            f"{path.name} has {info.samplerate} samples per second, at least {LOWEST_RATE} are needed to "
             "judge speech"
         )
     if info.frames > LONGEST * info.samplerate:
@@ -84,7 +84,7 @@ def audio_files(folder):
 
 def read_transcript(folder):
     """What texts.txt in a folder says, a list of (path, text), or None without one;
-    UserError where it does not fit the recordings."""
+    Raises UserError if it does not fit the recordings."""
     path, files = Path(folder) / "texts.txt", audio_files(folder)
     if not path.is_file():
         return None
@@ -106,7 +106,7 @@ def read_transcript(folder):
     if len(lines) != len(files):
         raise UserError(
             f"{path} has {len(lines)} lines for {len(files)} recordings; "
-            "write one line a recording in the order of the "
+            "write one line per recording in the order of the "
             "file names, or NAME|TEXT lines"
         )
     return list(zip(files, lines))
@@ -135,7 +135,7 @@ def match_files(
     folder,
     texts,  # list of str
 ) -> list:  # for each text its recording's path, or None where the folder has none
-    "Which recording in a folder says which text; UserError where that cannot be known."
+    "Which recording in a folder says which text. Raises UserError if that cannot be known."
     files, transcript = audio_files(folder), read_transcript(folder)
     if not files:
         raise UserError(
@@ -184,7 +184,7 @@ class System:
 
 
 def base_of_run(folder):
-    "The checkpoint that a run was tuned from; UserError where config.json does not say."
+    "The checkpoint that a run was tuned from. Raises UserError if config.json does not say."
     base = RunDir(folder, create=False).read_json("config.json").get("base_checkpoint")
     if not base:
         raise UserError(
@@ -195,7 +195,7 @@ def base_of_run(folder):
 
 
 def as_system(given):
-    "The `System` that a path or `tiny_base` names; UserError where it is none."
+    "The `System` that a path or `tiny_base` names. Raises UserError if there is none."
     path = base_path(given)
     if path.is_dir() and (path / "config.json").is_file():
         tuned = path / "checkpoints" / "tuned.safetensors"
@@ -234,7 +234,7 @@ def find_systems(
     ground_truth=None,  # folder of a human's recordings
 ) -> tuple:  # list of System: ground truth, bases, then as given; list of notes
     """What is compared; a base that several runs share comes once.
-    UserError for a path that is nothing of the kind."""
+    Raises UserError for any other path."""
     systems, bases, notes = [as_system(path) for path in given], {}, []
     places = {system.path.resolve(): i for i, system in reversed(list(enumerate(systems)))}
     for path in map(Path, given):
@@ -252,14 +252,15 @@ def find_systems(
     if ground_truth is not None:
         if not Path(ground_truth).is_dir():
             raise UserError(
-                f"--ground-truth {ground_truth} is no folder; give the folder of the human's recordings"
+                f"--ground-truth {ground_truth} is not a folder; give the folder of the human's recordings"
             )
         systems.insert(0, System("ground truth", "audio", Path(ground_truth), "ground truth"))
     return without_doubles(systems), notes
 
 
 def baseline(systems):
-    "What the others are compared with: the first base, or else the first system that is no ground truth."
+    """What the others are compared with:
+    the first base, or else the first system that is not the ground truth."""
     return min(
         (s for s in systems if s.role != "ground truth"), key=lambda s: s.role != "base", default=systems[0]
     )

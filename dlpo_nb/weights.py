@@ -162,7 +162,7 @@ def plain_tensors(content) -> dict:
 
 
 def read_weights(path) -> tuple:  # ({key: tensor}, {metadata})
-    "Tensors and metadata of a weights file of either kind; UserError saying what it is instead."
+    "Tensors and metadata of a weights file of either kind. Raises UserError if it is something else."
     try:
         with open(path, "rb") as file:
             head = file.read(1024)

@@ -362,7 +362,7 @@ def test_every_wrong_recording_is_named_once_and_the_others_are_judged(evaluated
     failures = json.loads((out / "evaluation.json").read_text())["failures"]
     for index, word in {
         1: "damaged",
-        3: "8000 samples a second",
+        3: "8000 samples per second",
         4: "40.0 minutes",
         5: "no audio",
         6: "nan or inf",

@@ -117,7 +117,7 @@ def test_no_module_is_forgotten_by_git():
         done.returncode
         or subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode
     ):
-        pytest.skip("this is no git checkout with a commit")
+        pytest.skip("this is not a git checkout with a commit")
     assert not done.stdout.split(), "not added to git"
 
 

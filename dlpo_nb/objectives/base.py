@@ -181,7 +181,7 @@ def kl_divergence(
     clip: bool = True,  # the schedule's own clipping of x_0, for the exact form
 ) -> torch.Tensor:  # (B,) float64
     """Distance of policy and reference at one step.
-    UserError for an unknown form, ValueError at the deterministic step."""
+    Raises UserError for an unknown form, ValueError at the deterministic step."""
     if form not in KL_FORMS:
         raise UserError(f"KL form '{form}' is not known: choose one of {', '.join(KL_FORMS)}.")
     if form == "exact":

@@ -34,7 +34,7 @@ def find_nisqa_weights():
 # %% ../../nbs/23_nisqa.ipynb #57e54302
 def load_nisqa(path):
     """The NISQA v2 network in eval mode and its options (dict) from a nisqa.tar;
-    UserError for any other file."""
+    Raises UserError for any other file."""
     import_torchaudio()  # torchmetrics imports it where it is installed, and dies where it does not fit torch
     from torchmetrics.functional.audio.nisqa import _NISQADIM
 
@@ -53,8 +53,8 @@ class NISQA(Reward):
     heard at 22.05 kHz.
 
     weights: path of nisqa.tar; without it `find_nisqa_weights()`;
-    UserError saying what to get where there is none. level_normalise: bring each clip to -26 dBFS RMS first.
-    Called as every `Reward`; `details` gives all five `dimensions`.
+    Raises UserError, saying what to get, if there is none. level_normalise:
+    bring each clip to -26 dBFS RMS first. Called as every `Reward`; `details` gives all five `dimensions`.
     """
 
     sample_rate = 22050

@@ -95,7 +95,7 @@ def find_utmos_weights():
 # %% ../../nbs/22_utmos.ipynb #0f828e05
 def read_tensors(path):
     """{name: tensor} of a .safetensors or .pt file, on the CPU; nothing in it is executed.
-    UserError where it cannot be read."""
+    Raises UserError if it cannot be read."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -111,7 +111,7 @@ def misfit(tensors, shapes):
     """What keeps `tensors` from being {name: tensor} of just these `shapes` {name: shape}, in words;
     None where nothing does."""
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-        return "it is no plain dict of tensors"
+        return "it is not a plain dict of tensors"
     missing, extra = (
         [name for name in shapes if name not in tensors],
         [name for name in tensors if name not in shapes],
@@ -130,7 +130,7 @@ def misfit(tensors, shapes):
 # %% ../../nbs/22_utmos.ipynb #00940a11
 def load_utmos(path, device="cpu", dtype=torch.float32):
     """The network in eval mode with the released weights of a .pt or .safetensors file;
-    UserError for any other file.
+    Raises UserError for any other file.
 
     device: anything torch takes. dtype: of what follows the convolutions, which are never below float32.
     """
@@ -171,7 +171,7 @@ class UTMOS(Reward):
     weights: path of the released file, .pt or .safetensors; without it `find_utmos_weights()`. device: auto,
     cpu, cuda, cuda:0. dtype: float32, bfloat16 (a GPU's, off by up to about 0.02) or float64. batch_size:
     utterances of equal length that go through together; default 1 on a CPU, 16 on a GPU. Called as every
-    `Reward`. UserError saying what to get without weights.
+    `Reward`. Raises UserError, saying what to get, without weights.
     """
 
     name = "utmos"

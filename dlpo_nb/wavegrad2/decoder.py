@@ -356,7 +356,7 @@ def predict_noise(
     level: torch.Tensor,  # (B, 1), or one for all: noise level sqrt(alpha_bar)
     frames: torch.Tensor | None = None,  # (B,) frames of each item; None: all have T
 ) -> torch.Tensor:  # (B, N) estimate of the noise, 0 past an item's end
-    "Estimate the noise of a batch; each item as if it were alone. UserError where the shapes do not fit."
+    "Estimate the noise of a batch; each item as if it were alone. Raises UserError if the shapes do not fit."
     size = hidden.shape[-1]
     if x.ndim != 2 or hidden.ndim != 3 or len(x) != len(hidden) or x.shape[1] != size * decoder.hop:
         raise UserError(

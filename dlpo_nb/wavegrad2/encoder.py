@@ -46,7 +46,8 @@ def masked_norm(
 
 # %% ../../nbs/05_encoder.ipynb #d8468708
 class Encoder(nn.Module):
-    "Text encoder of WaveGrad 2 (section 2.1; the encoder of Tacotron 2): symbol ids to one vector a symbol."
+    """Text encoder of WaveGrad 2 (section 2.1; the encoder of Tacotron 2):
+    symbol ids to one vector per symbol."""
 
     def __init__(
         self,

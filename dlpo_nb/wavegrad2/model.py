@@ -29,7 +29,7 @@ class WaveGrad2Config:
     n_speakers: int = 1
     encoder_channels: int = 512  # even
     speaker_channels: int = 64
-    predictor_channels: int = 512  # LSTM units a direction, duration and range predictor
+    predictor_channels: int = 512  # LSTM units per direction, duration and range predictor
     dropout: float = 0.5  # encoder, in training
     factors: tuple = (5, 5, 3, 2, 2)  # up-blocks; their product is the samples a frame
     first_up: int = 768  # channels of the way up: first convolution, then the blocks
@@ -66,7 +66,7 @@ class WaveGrad2Config:
 
 # %% ../../nbs/08_wavegrad2.ipynb #4db38e4c
 def check_config(config):
-    "UserError where the sizes of a WaveGrad2Config do not fit together."
+    "Raises UserError if the sizes of a WaveGrad2Config do not fit together."
     blocks = len(config.factors)
     widths = (
         config.n_symbols,

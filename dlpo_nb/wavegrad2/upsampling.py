@@ -54,11 +54,11 @@ class Predictor(nn.Module):
 def round_durations(
     seconds: torch.Tensor,  # (B, L) predicted, 0 at padding
     mask: torch.Tensor,  # (B, L) bool, True at symbols
-    frame_rate: float,  # frames a second
+    frame_rate: float,  # frames per second
     pace: float = 1.0,  # larger is slower
     keep_negative: bool = False,  # as the released implementation does
 ) -> torch.Tensor:  # (B, L) whole frames, each row summing to 1 or more
-    "Durations in frames for synthesis; UserError where the prediction is not finite."
+    "Durations in frames for synthesis. Raises UserError if the prediction is not finite."
     if not torch.isfinite(seconds).all():
         raise UserError(
             "the duration predictor gave values that are not finite; "
@@ -92,8 +92,8 @@ class Resampling(nn.Module):
     def __init__(
         self,
         in_channels: int = 576,  # C of the memory: text and speaker
-        channels: int = 512,  # LSTM units a direction
-        frame_rate: float = 73.5,  # frames a second
+        channels: int = 512,  # LSTM units per direction
+        frame_rate: float = 73.5,  # frames per second
     ):
         super().__init__()
         self.frame_rate = frame_rate
