@@ -14,7 +14,7 @@ from .distributed import gather_rows, shard
 from .finetune import load_state, save_state
 from .lora import merged
 from .mdp import rollout
-from .rewards.base import ScoringQueue
+from .rewards.queue import ScoringQueue
 
 # %% ../nbs/40b_checkpoints.ipynb #eaa1d6fb
 KEEP_STATES = 2

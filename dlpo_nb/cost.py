@@ -20,7 +20,7 @@ from .finetune import Finetuner
 from .inputs import banner, load_base, load_recordings, load_texts
 from .judges import judge_options
 from .rewards import get_reward
-from .rewards.base import CombinedReward, check_as_reward, parse_formula
+from .rewards.formula import CombinedReward, check_as_reward, parse_formula
 from .rewards.utmos import UTMOS, find_utmos_weights
 from .text import prompts
 from .wavegrad2.training import new_model

@@ -23,7 +23,8 @@ from .lora import Reference, add_lora
 from .mdp import replay, step_weight
 from .objectives import Replay
 from .reference import kl_to_reference, log_ratios, reference_log_prob, step_kl
-from .rewards.base import ScoringQueue, as_reward
+from .rewards.base import as_reward
+from .rewards.queue import ScoringQueue
 from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics, score_audio
 
 # %% ../nbs/40_finetune.ipynb #e2686dad

@@ -18,7 +18,7 @@ from .distributed import world_size
 from .judges import judge_options
 from .policies import load_policy
 from .rewards import get_reward
-from .rewards.base import check_as_reward
+from .rewards.formula import check_as_reward
 from .text import prompts, read_texts
 
 # %% ../nbs/42a_inputs.ipynb #d4fdb5b9

@@ -11,7 +11,8 @@ import inspect
 from .core import UserError
 from .plugins import content_of
 from .rewards import get_reward
-from .rewards.base import REWARDS, parse_formula
+from .rewards.base import REWARDS
+from .rewards.formula import parse_formula
 
 # %% ../nbs/29a_judges.ipynb #cdd603f2
 def names_in(formula) -> list:

@@ -15,7 +15,7 @@ from .audio import rms_db
 from .core import UserError, append_jsonl, read_jsonl
 from .heldout import describe_utterance, scores_or_reasons
 from .judges import identity
-from .rewards.wer import spoken_words
+from .rewards.words import spoken_words
 from .statistics import values_of
 
 # %% ../nbs/49b_judging.ipynb #338e4f5c

@@ -38,9 +38,8 @@ def fingerprint(ids):
 
 
 def choose_test(ids, val, count=200, seed=0):
-    """The `count` of `ids` for testing: first by the hash of seed and id, without `val` and the 32 clips
-    that are
-    public samples."""
+    """The `count` of `ids` for testing: first by the hash of seed and id, without `val` and the 32 clips that
+    are public samples."""
     open_ids = set(ids) - set(val) - {f"LJ001-{i:04d}" for i in range(1, 33)}
     return sorted(open_ids, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).hexdigest())[:count]
 
@@ -72,8 +71,8 @@ def split_of(
     before={},  # utterance -> part, of an earlier draw; nothing changes sides
 ) -> dict:
     """Utterance -> part. LJSpeech's have their fixed part. Of others 2 % (at most 200) are for test and 4 %
-    (at
-    most 512) for val, one of each from three utterances on; what `before` lacks is drawn from what is new."""
+    (at most 512) for val, one of each from three utterances on; what `before` lacks is drawn from what is
+    new."""
     split = {name: part_of(name) if is_lj_speech(name) else before.get(name, "train") for name in names}
     own = [name for name in split if not is_lj_speech(name)]
     new, count = by_hash([name for name in own if name not in before], seed), len(own)
@@ -114,8 +113,7 @@ HEADER = re.compile(
 
 def columns(rows):
     """2 for lines of id|text, where a later bar is part of the text, or 3 for id|text|normalised text: as
-    most
-    lines are."""
+    most lines are."""
 
     def three(row):
         fields = row.split("|")
@@ -127,7 +125,7 @@ def columns(rows):
 
 def read_line(row, count):
     "(name, text, what is wrong with it, in words or empty) of a line of `count` columns."
-    row = row.strip().removesuffix("|") if count == 2 else row  # an empty third column
+    row = row.strip().removesuffix("|") if count == 2 < len(row.split("|")) else row  # an empty third column
     field, *texts = [field.strip() for field in (row.split("|") if count == 3 else row.split("|", 1))]
     name = utterance_name(field)
     if not texts or len(texts) > 2:
@@ -198,8 +196,7 @@ def find_recording(raw, name):
 
 def read_recording(raw, name):
     """Audio (N,) int16 at 22.05 kHz of RAW/wavs/NAME.wav (or .flac), its peak at full scale. What is odd in
-    it
-    (an offset, a click) is printed. Raises UserError if it is missing or cannot be used."""
+    it (an offset, a click) is printed. Raises UserError if it is missing or cannot be used."""
     path = find_recording(raw, name)
     try:
         rate = soundfile.info(path).samplerate

@@ -14,7 +14,8 @@ from .distributed import abort_all, all_gather, gather_rows, shard, world_size
 from .mdp import Trajectory, draw_steps, rollout
 from .objectives import advantages
 from .policy import Conditioning
-from .rewards.base import ScoringQueue, as_reward
+from .rewards.base import as_reward
+from .rewards.queue import ScoringQueue
 
 # %% ../nbs/39d_rollouts.ipynb #50997b01
 def text_indices(episode: int, count: int, total: int, seed: int) -> list:

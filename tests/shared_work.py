@@ -12,7 +12,8 @@ from dlpo_nb.distributed import join, leave, rank
 from dlpo_nb.heldout import synthesise_all
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.rollouts import collect, make_advantages, score_audio
-from dlpo_nb.rewards.base import CombinedReward, Reward
+from dlpo_nb.rewards.base import Reward
+from dlpo_nb.rewards.formula import CombinedReward
 
 MORE = [*TEXTS, "It is late.", "We walked along the river.", "Yes."]
 

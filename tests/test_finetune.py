@@ -19,7 +19,8 @@ from dlpo_nb.mdp import draw_steps, replay, rollout
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.policy import state_mask
-from dlpo_nb.rewards.base import CombinedReward, as_reward
+from dlpo_nb.rewards.base import as_reward
+from dlpo_nb.rewards.formula import CombinedReward
 from dlpo_nb.rollouts import text_indices
 
 

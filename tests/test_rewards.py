@@ -1,4 +1,5 @@
-"""Rewards: edges of the protocol, the formula parser under random input, DNSMOS against speechmos, NISQA against its published scores."""
+"""Rewards: edges of the protocol, the formula parser under random input, DNSMOS against speechmos, NISQA
+against its published scores."""
 
 import csv
 import math
@@ -18,7 +19,8 @@ import torch
 from dlpo_nb.audio import read_audio, resample
 from dlpo_nb.core import UserError
 from dlpo_nb.rewards import CombinedReward, Reward, get_reward
-from dlpo_nb.rewards.base import Moments, ScoringQueue, check_as_reward, parse_formula
+from dlpo_nb.rewards.formula import Moments, check_as_reward, parse_formula
+from dlpo_nb.rewards.queue import ScoringQueue
 from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE, mel_filters, windows
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 
@@ -163,7 +165,8 @@ def test_a_reward_with_one_score_has_that_in_its_details_and_no_parts_or_state()
 
 
 def check_invariance(reward, clips):
-    """No score moves by more than 1e-4 when silence is put behind an utterance, neighbours change places, or come and go."""
+    """No score moves by more than 1e-4 when silence is put behind an utterance, neighbours change places, or
+    come and go."""
     scores = score(reward, *clips)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))
     longer = [torch.cat([clips[0], torch.zeros(20000)]), *clips[1:]]
@@ -452,7 +455,8 @@ def test_options_reach_their_part():
 
 
 def test_importing_the_rewards_loads_no_scorer():
-    code = "import sys, dlpo_nb.rewards; print([m for m in ('librosa', 'onnxruntime', 'torchmetrics', 'speechmos', 'transformers') if m in sys.modules])"
+    late = ("librosa", "onnxruntime", "torchmetrics", "speechmos", "transformers")
+    code = f"import sys, dlpo_nb.rewards; print([m for m in {late} if m in sys.modules])"
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -542,9 +546,12 @@ def test_dnsmos_goes_to_another_process():
 # NISQA
 
 OPTIONS = dict(
-    ms_fmax=20000, ms_n_fft=4096, ms_hop_length=0.01, ms_win_length=0.02, ms_n_mels=48, ms_seg_length=15, ms_seg_hop_length=4,
-    ms_max_segments=1300, cnn_c_out_1=16, cnn_c_out_2=32, cnn_c_out_3=64, cnn_kernel_size=(3, 3), cnn_dropout=0.2, cnn_pool_1=[24, 7],
-    cnn_pool_2=[12, 5], cnn_pool_3=[6, 3], td_sa_d_model=64, td_sa_nhead=1, td_sa_num_layers=2, td_sa_h=64, td_sa_dropout=0.1,
+    ms_fmax=20000, ms_n_fft=4096, ms_hop_length=0.01, ms_win_length=0.02, ms_n_mels=48, ms_seg_length=15,
+    ms_seg_hop_length=4,
+    ms_max_segments=1300, cnn_c_out_1=16, cnn_c_out_2=32, cnn_c_out_3=64, cnn_kernel_size=(3, 3),
+    cnn_dropout=0.2, cnn_pool_1=[24, 7],
+    cnn_pool_2=[12, 5], cnn_pool_3=[6, 3], td_sa_d_model=64, td_sa_nhead=1, td_sa_num_layers=2, td_sa_h=64,
+    td_sa_dropout=0.1,
     pool_att_h=128, pool_att_dropout=0,
 )  # fmt: skip
 

@@ -16,7 +16,8 @@ from dlpo_nb.core import base_path
 from dlpo_nb.corpus import load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.heldout import synthesise_all
-from dlpo_nb.rewards.wer import WER, pooled_wer
+from dlpo_nb.rewards.wer import WER
+from dlpo_nb.rewards.words import pooled_wer
 from dlpo_nb.text import prompts
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 

@@ -7,4 +7,5 @@ __all__ = []
 
 # %% ../../nbs/29_all_rewards.ipynb #784676ed
 from . import dnsmos, nisqa, utmos, wer
-from .base import REWARDS, CombinedReward, Reward, get_reward
+from .base import REWARDS, Reward
+from .formula import CombinedReward, get_reward
