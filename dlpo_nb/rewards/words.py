@@ -49,7 +49,7 @@ AS_WRITTEN = _rules([  # before the text is read
     (r"\b(\d+)-\1\b|\b\d(?:-\d){2,}\b", lambda match: match[0].replace("-", " ")),  # 50-50, 9-1-1
     (rf"\b{MONTH} (\d\d?)\b(?![:.]\d|,\d|/)", _ordinal_day),
     (r"(?<=\d)p\b", " pence"),
-    (r"(?<![\w./:])([a-z]+)/([a-z]+)(?![\w/]|\.\w)", r"\1 \2"),  # either/or
+    (r"(?<![\w./:])(?<!\d )([a-z]+)/([a-z]+)(?![\w/]|\.\w)", r"\1 \2"),  # either/or
     (r"\bshan['’]?t\b", "shall not"),  # contractions whose apostrophe was left out
     (r"\b(do|does|did|is|was|were|are|could|would|should|have|has|had|must|need|wo|ca)nt\b", r"\1n't"),
     (r"\b(that|what|there|where|who|here|he|she|let)s\b", r"\1's"),
@@ -65,6 +65,9 @@ AS_READ = _rules([  # after the text is read: words and small letters, capitals 
     (r"\b([A-Z]) (?=[A-Z]\b)", r"\1"),  # F B I
     (r"\bo'(?=clock)", "o"),
     (r"\ba (hundred|thousand|million|billion|half|quarter)\b", r"one \1"),
+    (r"\bhalf an? ", "one half "),
+    (r"\bhalf past (\w+)", r"\1 thirty"),
+    (r"\b(?:one |a )?quarter past (\w+)", r"\1 fifteen"),
     (r"\band one half\b", "and a half"),
     (r"\bnought\b", "zero"),
     # one eight hundred five five five
@@ -80,7 +83,7 @@ AS_NORMALISED = _rules([  # after Whisper's normaliser: digits for numbers
 ])  # fmt: skip
 SPELLINGS = {  # beyond Whisper's own table
     "alright": "all right", "thru": "through", "tho": "though", "donut": "doughnut", "donuts": "doughnuts",
-    "goodby": "goodbye", "til": "until",
+    "goodby": "goodbye", "maam": "madam", "til": "until",
     "cuz": "because", "kinda": "kind of", "sorta": "sort of", "lemme": "let me", "gimme": "give me",
     "dunno": "do not know", "vs": "versus",
     "kerb": "curb", "enquiry": "inquiry", "enquiries": "inquiries", "whisky": "whiskey", "hurray": "hooray",
