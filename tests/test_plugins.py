@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soundfile
 from toy_mel import make_toy_mel
 
 from dlpo_nb import plugins
@@ -117,20 +118,25 @@ def test_a_voice_comes_in_and_two_processes_know_it(begun):
     make_toy_mel().save(folder / "voice.safetensors")
     flags = ["--plugin", "my.py", "--plugin", "voice.py", "--base-checkpoint", "voice.safetensors", *SHORT]
     more = ["--reward", "bright", "--denoising-source", "sample", "--nproc-per-node", 2, "--episodes", 1]
-    done = run(folder, "launch", *flags, *more, "--out", "two")
+    done = run(folder, "launch", *flags, *more, "--heldout", 2, "--out", "two")
     assert done.returncode == 0, done.stderr
     (row,) = rows(folder / "two")
     assert row["ratio/mean"] == 1.0 and row["grad_norm"] > 0 and "diffusion_loss/sample" in row
+    assert soundfile.info(folder / "two" / "samples" / "tuned_001.wav").samplerate == 16000
+    assert (
+        json.loads((folder / "two" / "summary.json").read_text())["evaluation"]["metrics"]["bright"]["n"] == 2
+    )
 
 
-def test_a_run_is_evaluated_and_reported_with_its_plug_ins(begun):
-    """The judge that it was paid by is known by name without the flag."""
+def test_runs_are_evaluated_and_reported_with_their_plug_ins(begun):
+    """Their voices, and the judge that they were paid by, are known by name without the flag."""
     folder, _ = begun
     flags = ["--metrics", "bright,shrill", "--heldout", 2, "--rollout-steps", 2, "--no-level-normalised"]
-    done = run(folder, "evaluate", "run", *flags, "--device", "cpu", "--threads", 1, "--out", "out")
+    done = run(folder, "evaluate", "run", "two", *flags, "--device", "cpu", "--threads", 1, "--out", "out")
     assert done.returncode == 0, done.stderr
     evaluation = json.loads((folder / "out" / "evaluation.json").read_text())
-    assert evaluation["judges"] == ["bright"] and evaluation["measures"]["bright"]["systems"]["run"]["n"] == 2
+    systems = evaluation["measures"]["bright"]["systems"]
+    assert evaluation["judges"] == ["bright"] and systems["run"]["n"] == systems["two"]["n"] == 2
     assert "shrill is left out: unknown reward" in done.stdout
     done = run(folder, "report", "run", "--plugin", "my.py")
     assert done.returncode == 0, done.stderr
