@@ -34,7 +34,7 @@ def _forget_torchaudio():
 
 
 def import_torchaudio():
-    """The torchaudio module, with its native library where that loads and without it elsewhere;
+    """The torchaudio module, with its native library where that loads and without it elsewhere.
     Raises UserError if there is none."""
     try:
         return importlib.import_module("torchaudio")
@@ -80,15 +80,15 @@ FAR_OUT = 8.0  # full scale is 1; no recording that is merely too loud reaches s
 
 
 class SoundWarning(UserWarning):
-    "A recording that can be read and hardly be meant."
+    "A recording that can be read but is hardly what was meant."
 
 
 def frame_levels(audio, sample_rate=SAMPLE_RATE):
     """Levels of the 20 ms frames of `audio` (N,), the last one at its end, each without its mean,
     in dB of full scale: (frames,)."""
     size = min(len(audio), int(FRAME * sample_rate))
-    whole = audio.double().unfold(0, size, size)
-    frames = torch.cat([whole, audio[-size:].double()[None]]) if len(audio) % size else whole
+    frames = audio.double().unfold(0, size, size)
+    frames = torch.cat([frames, audio[-size:].double()[None]]) if len(audio) % size else frames
     return _decibels((frames - frames.mean(1, keepdim=True)).square().mean(1))
 
 

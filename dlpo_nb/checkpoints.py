@@ -52,21 +52,20 @@ def heldout_reward(tuner, texts: list) -> dict:
     """Mean reward of texts that are not trained on, from the same noise each time, and that of its parts:
     {reward/heldout, reward/heldout/NAME}."""
     c, rows = tuner.config, []
-    mine = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
+    local = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
     with ScoringQueue(tuner.reward) as queue:
-        for pairs in (mine[i : i + c.micro_batch] for i in range(0, len(mine), c.micro_batch)):
-            places, said = map(list, zip(*pairs))
-            t = rollout(
-                tuner.model, tuner.schedule, said, tuner.model.encode(said), [1], (c.seed, "heldout"), places
-            )
-            queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, said)
+        for pairs in (local[i : i + c.micro_batch] for i in range(0, len(local), c.micro_batch)):
+            places, spoken = map(list, zip(*pairs))
+            ids, key = tuner.model.encode(spoken), (c.seed, "heldout")
+            t = rollout(tuner.model, tuner.schedule, spoken, ids, [1], key, indices=places)
+            queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, spoken)
             rows += places
         parts, failed = queue.collect_parts()
     parts, failed = gather_rows(rows, parts), gather_rows(rows, failed)
     # what is only watched must not enter the statistics of the training rewards
-    kept = queue.reward.state_dict()
+    reward_state = queue.reward.state_dict()
     rewards = queue.reward.combine(parts, failed)
-    queue.reward.load_state_dict(kept)
+    queue.reward.load_state_dict(reward_state)
     means = {
         name.replace("reward/", "reward/heldout/"): mean
         for name, mean in queue.reward.pop_components().items()

@@ -124,17 +124,17 @@ class FinetuneConfig(FinetuneSettings):
     def of(cls, method: str = "dlpo", **flat):
         "Settings by their flat names. Raises UserError for an unknown name, or an option of other methods."
         flat = renamed(flat)
-        own = {f.name for f in fields(cls)}
-        options = {name: value for name, value in flat.items() if name not in own}
+        names = {f.name for f in fields(cls)}
+        options = {name: value for name, value in flat.items() if name not in names}
         check_options(method, options)
         given = {name: value for name, value in options.items() if name in options_of(OBJECTIVES.get(method))}
-        rest = {name: value for name, value in flat.items() if name in own}
+        rest = {name: value for name, value in flat.items() if name in names}
         return cls(objective=get_objective(method, **given), **rest)
 
     def flat(self) -> dict:
         "All settings by their flat names, the objective's as it was built."
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
-        return {"method": self.method, **own, **asdict(self.objective)}
+        loop = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}
+        return {"method": self.method, **loop, **asdict(self.objective)}
 
     def resolved(self):
         """The same settings with what was left open filled in.
@@ -237,10 +237,10 @@ def option_fields(objective) -> dict:  # {(method, ...): dataclass}
         kind = type(objective) if name in options_of(type(objective)) else kinds[methods[0]]
         (f,) = [f for f in fields(kind) if f.name == name]
         default = getattr(objective, name) if kind is type(objective) else f.default
-        each = {m: next(f.default for f in fields(k) if f.name == name) for m, k in kinds.items()}
+        defaults = {m: next(f.default for f in fields(k) if f.name == name) for m, k in kinds.items()}
         more = (
-            "; default: " + ", ".join(f"{m} {value}" for m, value in each.items())
-            if len(set(each.values())) > 1
+            "; default: " + ", ".join(f"{m} {value}" for m, value in defaults.items())
+            if len(set(defaults.values())) > 1
             else ""
         )
         spec = Annotated[get_type_hints(kind)[name], tyro.conf.arg(help=comment_of(kind, name) + more)]

@@ -298,7 +298,7 @@ def split_lines(text: str) -> list[str]:
 
 # %% ../nbs/00_core.ipynb #30f5735e
 def read_jsonl(path):
-    """The rows of a .jsonl file as dicts; a last line that was never finished is skipped,
+    """The rows of a .jsonl file as dicts; a last line that was never finished is skipped.
     Raises UserError if another is damaged."""
     try:
         text = Path(path).read_text(encoding="utf-8")

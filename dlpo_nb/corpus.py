@@ -58,13 +58,13 @@ def read_flac(
     Raises UserError if the file cannot be read or is another's."""
     try:
         with soundfile.SoundFile(path) as file:
-            found = file.channels, file.frames, file.samplerate
+            actual = file.channels, file.frames, file.samplerate
             audio = file.read(dtype="int16") if decode else None
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"cannot read {path}: {error}; delete the corpus and make it again") from error
-    if found != (1, samples, sample_rate) or (decode and len(audio) != samples):
+    if actual != (1, samples, sample_rate) or (decode and len(audio) != samples):
         raise UserError(
-            f"{path} has {found[0]} x {found[1]} samples at {found[2]} Hz, the manifest says 1 x "
+            f"{path} has {actual[0]} x {actual[1]} samples at {actual[2]} Hz, the manifest says 1 x "
             f"{samples} at {sample_rate}; make the corpus again"
         )
     return audio

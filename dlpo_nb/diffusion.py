@@ -209,8 +209,8 @@ class TransitionDensity(Sampler):
         return entry(self.betas / (2 * self.alphas * (1 - self.alphas_cumprod_prev)), t).float()
 
     def kl(self, eps, eps_ref, x_t, t, mask=None, reduction="mean", clip=True, eta=1.0, form="posterior"):
-        """KL(p(. | x_t) || p_ref(. | x_t)) of each item, (B,) float64; `eps_ref` is detached. ValueError
-        where sigma is 0."""
+        """KL(p(. | x_t) || p_ref(. | x_t)) of each item, (B,) float64; `eps_ref` is detached.
+        Raises ValueError if sigma is 0."""
         sigma = self._spread(t, eta, eps.double())
         mu, mu_ref = (
             self.mean(e.double(), x_t.double(), t, clip, eta, form) for e in (eps, eps_ref.detach())
@@ -255,9 +255,9 @@ class NoiseSchedule(TransitionDensity):
         abar = self.alphas_cumprod[steps]
         prev = torch.cat([self.alphas_cumprod_prev[:1], abar[:-1]])
         # a step that skips none keeps its own numbers, to the bit
-        kept = steps.diff(prepend=steps.new_tensor([-1])) == 1
-        betas = torch.where(kept, self.betas[steps], 1 - abar / prev)
-        return type(self)(betas, torch.where(kept, self.alphas[steps], abar / prev), abar, prev)
+        adjacent = steps.diff(prepend=steps.new_tensor([-1])) == 1
+        betas = torch.where(adjacent, self.betas[steps], 1 - abar / prev)
+        return type(self)(betas, torch.where(adjacent, self.alphas[steps], abar / prev), abar, prev)
 
     def _geometric(self, n, lo):
         end = (1 / self.alphas_cumprod[-1] - 1).item()
@@ -271,7 +271,7 @@ class NoiseSchedule(TransitionDensity):
 
 # %% ../nbs/04_diffusion.ipynb #e381fad5
 def warn_of_lone_step(schedule, spacing, share=0.9):
-    "Warns where one of at least two stochastic steps holds more than `share` of the sum of kappa."
+    "Warns if one of at least two stochastic steps holds more than `share` of the sum of kappa."
     weights = schedule.kl_weight(torch.arange(schedule.num_steps)).flatten()
     weights = weights[weights.isfinite()]
     if len(weights) > 1 and weights.max() > share * weights.sum():

@@ -108,8 +108,8 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
     actions, n, penalty = range(1, chain.schedule.num_steps), len(weights), None
     if "denoising" in objective.needs:
         k = torch.randint(0, chain.schedule.num_steps, (n,), generator=generator)
-        said, noise = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
-        d = chain.denoising(x[0] if speech == "sample" else said, b, k, noise)
+        recorded, noise = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
+        d = chain.denoising(x[0] if speech == "sample" else recorded, b, k, noise)
         yield Replay(weights, denoising=d)
         if objective.reward_side:
             penalty = d.detach() - d.detach().mean()
@@ -120,7 +120,7 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
         for t in actions:
             log_prob = chain.log_prob(x, t, b)
             kl = chain.kl(x, t, b, b_ref) if "kl" in objective.needs else None
-            yield Replay(weights, log_prob, log_prob.detach(), kl, penalty)
+            yield Replay(weights, log_prob, log_prob.detach(), kl=kl, in_reward_penalty=penalty)
 
 
 def chain_gradient(
@@ -131,12 +131,12 @@ def chain_gradient(
     x = chain.rollout(b, n, generator)
     theta = torch.full((n, 1), b, dtype=torch.float64, requires_grad=True)
     weights = objective.weights_of(reward(x[0][:, 0]), normalise)
-    found = {part: torch.zeros(n, dtype=torch.float64) for part in ("policy", "penalty")}
+    gradients = {part: torch.zeros(n, dtype=torch.float64) for part in ("policy", "penalty")}
     for replay in chain_slices(objective, chain, theta, x, weights, generator, b_ref, speech):
         loss = objective(replay)
-        for part in found:
+        for part in gradients:
             value = getattr(loss, part)
             if value is not None and value.requires_grad:
                 (gradient,) = torch.autograd.grad(n * value, theta, retain_graph=True)
-                found[part] += gradient[:, 0]
-    return found | {"total": found["policy"] + found["penalty"]}
+                gradients[part] += gradient[:, 0]
+    return gradients | {"total": gradients["policy"] + gradients["penalty"]}

@@ -126,8 +126,8 @@ class Policy(nn.Module, ABC):
 
     def __init__(self, config):
         super().__init__()
-        # metadata: what the file that it was read from says about itself
-        self.config, self.metadata = (config, {})
+        self.config = config
+        self.metadata = {}  # what the file that it was read from says about itself
 
     @abstractmethod
     def encode(self, texts: list) -> list:
@@ -242,14 +242,15 @@ def synthesise(
     if not ids:
         return []
     device = next(policy.parameters()).device
-    said = policy.condition(*(v.to(device) for v in pad_ids(ids)), **options)
-    sizes = (said.frames * policy.width).tolist()
+    conditioning = policy.condition(*(v.to(device) for v in pad_ids(ids)), **options)
+    sizes = (conditioning.frames * policy.width).tolist()
     x = draw_noise(sizes, generator, device)
     for t in tqdm(range(schedule.num_steps - 1, -1, -1), disable=not progress, unit="step"):
-        eps = policy.predict_noise(x, said.hidden, schedule.level(t).expand(len(x), 1), said.frames)
+        level = schedule.level(t).expand(len(x), 1)
+        eps = policy.predict_noise(x, conditioning.hidden, level, conditioning.frames)
         noise = draw_noise(sizes, generator, device) if t > 0 else torch.zeros_like(x)
         x = schedule.step(eps, x, t, noise, clip=clip)
-    audio, lengths = policy.render(x, said)
+    audio, lengths = policy.render(x, conditioning)
     return [clip[:n] for clip, n in zip(audio, lengths.tolist())]
 
 # %% ../nbs/04b_policy.ipynb #9b942da3

@@ -83,21 +83,22 @@ def describe(values):
     )
 
 
-def values_of(rows, name):  # {system: {text's place: value}}, list of the places left out
+def values_of(rows, name) -> tuple:  # {system: {text's place: value}}, list of the places left out
     """A measurement of every system. A text whose utterance was heard and refused by the judge, of any system
     that has values, is left out for all: means over different texts cannot be compared. A text that a system
     has not spoken is missing for that system alone."""
-    values = {
-        s: {i: row[name] for i, row in enumerate(own) if row.get(name) is not None} for s, own in rows.items()
-    }
-    heard = {
-        s: {i for i, row in enumerate(own) if any(v is not None for key, v in row.items() if key != "text")}
-        for s, own in rows.items()
-    }
-    refused = set().union(*(heard[s] - own.keys() for s, own in values.items() if own))
-    return {s: {i: v for i, v in own.items() if i not in refused} for s, own in values.items()}, sorted(
-        refused
-    )
+    values, refused = {}, set()
+    for system, per_text in rows.items():
+        values[system] = {i: row[name] for i, row in enumerate(per_text) if row.get(name) is not None}
+        if values[system]:
+            judged = {
+                i
+                for i, row in enumerate(per_text)
+                if any(row[key] is not None for key in row.keys() - {"text"})
+            }
+            refused |= judged - values[system].keys()
+    left = {s: {i: v for i, v in known.items() if i not in refused} for s, known in values.items()}
+    return left, sorted(refused)
 
 
 def compare_systems(
@@ -115,12 +116,12 @@ def compare_systems(
     result = dict(reference=reference, test=TESTS[test], texts=len(rows[reference]), measures={})
     for name, label in measures.items():
         values, refused = values_of(rows, name)
-        systems = {s: describe(list(own.values())) for s, own in values.items()}
+        systems = {s: describe(list(per_text.values())) for s, per_text in values.items()}
         base = values[reference]
-        for s, own in values.items():
-            both = [i for i in own if i in base]
-            if s != reference and both:
-                systems[s]["against"] = paired_tests([base[i] for i in both], [own[i] for i in both])
+        for s, per_text in values.items():
+            shared = [i for i in per_text if i in base]
+            if s != reference and shared:
+                systems[s]["against"] = paired_tests([base[i] for i in shared], [per_text[i] for i in shared])
         tested = [s for s in systems if "against" in systems[s]]
         for s, p in zip(tested, holm([systems[s]["against"][test] for s in tested])):
             systems[s]["against"]["holm"] = p
@@ -133,16 +134,12 @@ def contradictions(
     result,  # of `compare_systems`
     names,  # measurements that judge
     level=0.05,  # of the corrected p
-) -> (
-    list
-):  # a sentence for each system of which one judge thinks better and another worse than of the reference
-    """Where a score was bought with another one: reward hacking, or judges that hear different things;
-    a human buys nothing."""
-    lines, systems = (
-        [],
-        dict.fromkeys(
-            s for name in names for s in result["measures"][name]["systems"] if s != "ground truth"
-        ),
+) -> list:  # of sentences
+    """A sentence for each system that one judge puts above the reference and another below it:
+    reward hacking, or judges that hear different things. The ground truth is left out."""
+    lines = []
+    systems = dict.fromkeys(
+        s for name in names for s in result["measures"][name]["systems"] if s != "ground truth"
     )
     for s in systems:
         better, worse = [], []
@@ -311,8 +308,8 @@ def draw_leaderboard(result, y, x):
 
     colours, (mx, my) = colours_of(result), (result["measures"][name] for name in (x, y))
     figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=80, layout="constrained")
-    both = [s for s in my["systems"] if my["systems"][s]["n"] and mx["systems"][s]["n"]]
-    for i, s in enumerate(both):
+    drawn = [s for s in my["systems"] if my["systems"][s]["n"] and mx["systems"][s]["n"]]
+    for i, s in enumerate(drawn):
         (cx, low_x, high_x), (cy, low_y, high_y) = (
             [shown(m, m["systems"][s][key]) for key in ("mean", "low", "high")] for m in (mx, my)
         )
@@ -323,7 +320,7 @@ def draw_leaderboard(result, y, x):
     for m, invert in ((mx, ax.invert_xaxis), (my, ax.invert_yaxis)):
         if m["better"] == "lower":
             invert()
-    if result["reference"] in both:
+    if result["reference"] in drawn:
         shade_hacking(ax, mx, my, [shown(m, m["systems"][result["reference"]]["mean"]) for m in (mx, my)])
     ax.set_xlabel(
         f"{mx['label']} ({'lower' if mx['better'] == 'lower' else 'higher'} is better: to the right)"

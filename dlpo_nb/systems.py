@@ -83,7 +83,7 @@ def audio_files(folder):
 
 
 def read_transcript(folder):
-    """What texts.txt in a folder says, a list of (path, text), or None without one;
+    """What texts.txt in a folder says, a list of (path, text), or None without one.
     Raises UserError if it does not fit the recordings."""
     path, files = Path(folder) / "texts.txt", audio_files(folder)
     if not path.is_file():
@@ -93,7 +93,7 @@ def read_transcript(folder):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}; write NAME|TEXT lines in UTF-8") from error
     if lines and all("|" in line for line in lines):
-        found = {file.stem: file for file in reversed(files)}
+        by_stem = {file.stem: file for file in reversed(files)}
         # three fields in every line are LJSpeech's id|text|normalised text;
         # else what follows the first bar is the text
         fields = 2 if all(line.count("|") == 2 and "| " not in line for line in lines) else 1
@@ -102,7 +102,7 @@ def read_transcript(folder):
             (Path(row[0]).stem if Path(row[0]).suffix.lower() in SUFFIXES else row[0], row[-1].strip())
             for row in rows
         ]
-        return [(found.get(name, Path(folder) / f"{name}.wav"), text) for name, text in names]
+        return [(by_stem.get(name, Path(folder) / f"{name}.wav"), text) for name, text in names]
     if len(lines) != len(files):
         raise UserError(
             f"{path} has {len(lines)} lines for {len(files)} recordings; "
@@ -145,13 +145,13 @@ def match_files(
         places = defaultdict(deque)
         for path, text in transcript:
             places[text].append(path)
-        found = [places[text].popleft() if places[text] else None for text in texts]
-        if not any(found):
+        matched = [places[text].popleft() if places[text] else None for text in texts]
+        if not any(matched):
             raise UserError(
                 f"none of the texts asked for is in {Path(folder) / 'texts.txt'}; "
                 "give its texts by --texts, or correct it"
             )
-        return found
+        return matched
     by_name = (
         dict(enumerate(files))
         if len(files) == len(texts)

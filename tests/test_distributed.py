@@ -1,5 +1,5 @@
 """Two processes are one: the same gradients, updates and log, for every method;
-and a run that loses a process goes on."""
+and a run that loses a process resumes."""
 
 import contextlib
 import json

@@ -351,11 +351,9 @@ def test_released_files(tmp_path, speakers, inside, zipped):
     assert isinstance(again, GradTTS) and again.config == model.config and not again.training
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     if speakers > 1:
-        ids, lengths, durations = (
-            torch.tensor([[5, 6, 7]] * 2),
-            torch.tensor([3, 3]),
-            torch.tensor([[3, 5, 4]] * 2),
-        )
+        ids = torch.tensor([[5, 6, 7]] * 2)
+        lengths = torch.tensor([3, 3])
+        durations = torch.tensor([[3, 5, 4]] * 2)
         said = again.condition(ids, lengths, durations, speakers=torch.tensor([0, 3]))
         x = torch.randn(1, 12 * 80).expand(2, -1)
         eps = again.predict_noise(x, said.hidden, torch.full((2, 1), 0.5), said.frames)
@@ -492,11 +490,9 @@ def test_aligned_losses(voice):
     ids, lengths = pad_ids(voice.encode(TEXTS[:2]))
     durations = torch.randint(1, 4, ids.shape) * (torch.arange(ids.shape[1]) < lengths[:, None])
     T = int(durations.sum(1).max())
-    x, noise_, level = (
-        torch.randn(2, T, voice.width),
-        torch.randn(2, T, voice.width),
-        torch.tensor([[0.4], [0.8]]),
-    )
+    x = torch.randn(2, T, voice.width)
+    noise_ = torch.randn(2, T, voice.width)
+    level = torch.tensor([[0.4], [0.8]])
     parts = aligned_losses(voice, ids, lengths, durations, x, level, noise_)
     said = voice.condition(ids, lengths, durations)
     inside = (torch.arange(T) < said.frames[:, None]).double()

@@ -404,10 +404,8 @@ def test_running_buffer_of_the_original(data):
             )
             assert ours.tolist() == pytest.approx(update["advantages"], abs=1e-6)
             if interrupted:
-                state, buffer = (
-                    json.loads(json.dumps(buffer.state_dict())),
-                    TextBuffer(tracked["buffer_size"], tracked["min_count"]),
-                )
+                state = json.loads(json.dumps(buffer.state_dict()))
+                buffer = TextBuffer(tracked["buffer_size"], tracked["min_count"])
                 buffer.load_state_dict(state)
 
 
@@ -431,7 +429,8 @@ def test_forms_of_the_divergence():
     at no distance every form and its gradient are exactly 0."""
     schedule, mask = SCHEDULES["geometric 10"], torch.arange(40) < torch.tensor([[40], [7], [23]])
     eps, ref, x_t = normal(3, 3, 40)
-    d, n = (eps - ref) * mask, mask.sum(1)
+    d = (eps - ref) * mask
+    n = mask.sum(1)
     by_hand = {
         "mse": d.square().sum(1),
         "l1": d.abs().sum(1),
@@ -504,11 +503,9 @@ def test_where_the_brakes_stop(schedule, name):
     there the gradient is 0."""
     chain = GaussianChain(schedule)
     for alpha, beta, b_ref in ((1.0, 1.0, 0.0), (2.0, 0.5, 0.25)):
-        objective, optimum, b = (
-            get_objective(name, alpha=alpha, beta=beta),
-            b_ref + alpha * chain.slope / (2 * beta * chain.kappa),
-            0.0,
-        )
+        objective = get_objective(name, alpha=alpha, beta=beta)
+        optimum = b_ref + alpha * chain.slope / (2 * beta * chain.kappa)
+        b = 0.0
         for _ in range(12):
             b -= 0.9 / (2 * beta * chain.kappa) * exactly(objective, schedule, b, b_ref=b_ref)["total"]
         assert b == pytest.approx(optimum, abs=1e-6)
@@ -644,11 +641,9 @@ def test_the_score_part_on_data_is_noise_and_is_refused():
 def test_a_step_on_the_penalty_lowers_it(schedule):
     """26: on fixed noise, also where log-probabilities are negative on most of the steps."""
     chain, n = GaussianChain(schedule), 2000
-    x, k, noise = (
-        chain.rollout(B, n, seeded()),
-        torch.randint(0, schedule.num_steps, (n,), generator=seeded(1)),
-        normal(n, 1, seed=2),
-    )
+    x = chain.rollout(B, n, seeded())
+    k = torch.randint(0, schedule.num_steps, (n,), generator=seeded(1))
+    noise = normal(n, 1, seed=2)
     theta = torch.tensor(B, dtype=torch.float64, requires_grad=True)
     before = chain.denoising(x[0], theta, k, noise)
     (g,) = torch.autograd.grad(get_objective("dlpo", alpha=0.0)(Replay(None, denoising=before)).total, theta)
@@ -943,10 +938,8 @@ def test_gradient_of_the_loop_is_that_of_the_equation():
 def test_dpok_begins_as_ddpo(form):
     """12 in the loop: KL and its gradient exactly 0, the rest alpha x DDPO's, bit for bit;
     the same weights after the update."""
-    (dpok, stats), (ddpo, _) = (
-        gathered(make("dpok", kl_form=form, alpha=2.0, beta=3.0)),
-        gathered(make("ddpo")),
-    )
+    (dpok, stats) = gathered(make("dpok", kl_form=form, alpha=2.0, beta=3.0))
+    (ddpo, _) = gathered(make("ddpo"))
     assert (
         stats["kl/policy_states"] == 0.0
         and (dpok.part("penalty") == 0).all()
@@ -1117,11 +1110,9 @@ def test_released_in_the_loop():
 @pytest.mark.parametrize("kind", ["group", "batch", "leave-one-out", "buffer", "raw"])
 def test_a_constant_in_the_reward_in_the_loop(kind):
     """31 in the loop."""
-    tuner, rewards, k = (
-        make("ddpo", advantage=kind, buffer_min_count=4),
-        torch.tensor([0.5, -1.0, 2.0, 0.25]).double(),
-        3.7,
-    )
+    tuner = make("ddpo", advantage=kind, buffer_min_count=4)
+    rewards = torch.tensor([0.5, -1.0, 2.0, 0.25]).double()
+    k = 3.7
     t = collect(tuner, 0)
     one, other = (
         total(gathered(make("ddpo", advantage=kind, buffer_min_count=4), t, rewards + c)[0]) for c in (0, k)
@@ -1259,10 +1250,8 @@ def test_a_batch_is_its_items(policy):
     def looked(texts, indices):
         schedule, t = make_rollout(tuner.model, texts, indices=indices)
         log_prob, eps = replay(tuner.model, schedule, t, 1)
-        noise, mask = (
-            keyed_noise([(n,) for n in indices], t.x_0_lengths.tolist()),
-            state_mask(t.conditioning.frames, tuner.model.width),
-        )
+        noise = keyed_noise([(n,) for n in indices], t.x_0_lengths.tolist())
+        mask = state_mask(t.conditioning.frames, tuner.model.width)
         d = denoising_loss(
             tuner.model,
             t.x_0,
@@ -1299,11 +1288,9 @@ def test_a_short_recording_is_denoised_as_if_alone(monkeypatch):
 
 def test_mean_and_sum_differ_by_the_length():
     """37: exactly L_i, for log-probability, divergence, the loop's stored values and its gradient."""
-    schedule, mask, lengths = (
-        SCHEDULES["trailing 10"],
-        torch.arange(40) < torch.tensor([[40], [25], [1]]),
-        torch.tensor([40, 25, 1]),
-    )
+    schedule = SCHEDULES["trailing 10"]
+    mask = torch.arange(40) < torch.tensor([[40], [25], [1]])
+    lengths = torch.tensor([40, 25, 1])
     eps, ref, x_t, x_prev = normal(4, 3, 40)
     for call in (
         lambda r: schedule.transition_log_prob(eps, x_t, x_prev, 4, mask, r),

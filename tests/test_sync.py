@@ -124,10 +124,8 @@ def test_no_module_is_forgotten_by_git():
 def test_every_module_has_its_notebook():
     orphans = []
     for module in MODULES:
-        name, header = (
-            label(module).removeprefix("dlpo_nb/"),
-            HEADER.search(module.read_text(encoding="utf-8")),
-        )
+        name = label(module).removeprefix("dlpo_nb/")
+        header = HEADER.search(module.read_text(encoding="utf-8"))
         if name in BY_HAND and header is None or name == "_modidx.py":
             continue
         notebook = None if header is None else (module.parent / header[1]).resolve()

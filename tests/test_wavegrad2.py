@@ -185,11 +185,9 @@ def test_gradients_against_plain_transcription():
     """Of the weights, the frames and the samples; long enough for the weights' gradient by taps."""
     model, grads = narrow().double(), {}
     plain = load_tool("plain_decoder").PlainDecoder(model.decoder.state_dict())
-    samples, frames, level = (
-        torch.randn(2, 300 * 30).double(),
-        torch.randn(2, 28, 30).double(),
-        torch.tensor([[0.3], [0.9]]).double(),
-    )
+    samples = torch.randn(2, 300 * 30).double()
+    frames = torch.randn(2, 28, 30).double()
+    level = torch.tensor([[0.3], [0.9]]).double()
     for decode, decoder in ((model.predict_noise, model.decoder), (plain, plain)):
         x, hidden = samples.clone().requires_grad_(), frames.clone().requires_grad_()
         decode(x, hidden, level).square().mean().backward()
@@ -437,11 +435,9 @@ def by_the_book(state, config, x, hidden, level):
 @torch.no_grad()
 def test_large_forward():
     model = narrow(**LARGE).double()
-    x, hidden, level = (
-        torch.randn(2, 1500).double(),
-        torch.randn(2, 28, 5).double(),
-        torch.tensor([[0.1], [0.9]]).double(),
-    )
+    x = torch.randn(2, 1500).double()
+    hidden = torch.randn(2, 28, 5).double()
+    level = torch.tensor([[0.1], [0.9]]).double()
     expected = by_the_book(model.decoder.state_dict(), model.config, x, hidden, level)
     assert_near(model.predict_noise(x, hidden, level), expected, 1e-10)
 
@@ -546,10 +542,8 @@ def test_synthesis():
 
 
 def test_durations_are_never_negative_or_nothing():
-    seconds, mask = (
-        torch.tensor([[-0.5, -0.2, 0.0], [0.1, -0.1, 0.02], [float("nan"), 0.0, 0.0]]),
-        length_mask(torch.tensor([2, 3, 3]), 3),
-    )
+    seconds = torch.tensor([[-0.5, -0.2, 0.0], [0.1, -0.1, 0.02], [float("nan"), 0.0, 0.0]])
+    mask = length_mask(torch.tensor([2, 3, 3]), 3)
     assert round_durations(seconds[:2], mask[:2], 73.5).tolist() == [[0, 1, 0], [7, 0, 1]]
     assert round_durations(seconds[:2], mask[:2], 73.5, keep_negative=True)[0, 0] < 0
     with pytest.raises(UserError, match="not finite"):
@@ -811,10 +805,8 @@ def test_files_that_are_no_checkpoints(saved, tmp_path):
 
 def test_wrong_entries(saved, tmp_path):
     model, _ = saved
-    path, state = (
-        tmp_path / "other.safetensors",
-        {key: value.clone() for key, value in model.state_dict().items()},
-    )
+    path = tmp_path / "other.safetensors"
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     notes = {
         "wavegrad2": json.dumps(
             {

@@ -45,10 +45,8 @@ def save_tiny_whisper(folder, seconds=30, multilingual=True, seed=0):
     settings._from_model_config = False  # else loading forgets what follows
     settings.is_multilingual, settings.no_timestamps_token_id = multilingual, plain
     if multilingual:
-        settings.lang_to_id, settings.task_to_id = (
-            {"<|en|>": english},
-            {"transcribe": transcribe, "translate": translate},
-        )
+        settings.lang_to_id = {"<|en|>": english}
+        settings.task_to_id = {"transcribe": transcribe, "translate": translate}
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(chunk_length=seconds), tokenizer).save_pretrained(folder)
     return folder

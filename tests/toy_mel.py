@@ -31,7 +31,8 @@ class ToyMel(Policy):
         turns = torch.arange(config.hop) / config.hop * torch.arange(1, config.bands + 1)[:, None]
         self.register_buffer("waves", (2 * math.pi * turns).sin())  # (bands, hop), orthogonal
         # seconds per symbol
-        self.encoder, self.pace = (nn.Embedding(151, config.bands), nn.Parameter(torch.tensor(0.04)))
+        self.encoder = nn.Embedding(151, config.bands)
+        self.pace = nn.Parameter(torch.tensor(0.04))
         self.decoder = nn.Conv1d(2 * config.bands, config.bands, 3, padding=1)
 
     def encode(self, texts):

@@ -60,7 +60,7 @@ def search(score, start, factors=(3.0, 1.7), gap=1.05):
     """Coordinate search over rising `start` (n,): one entry at a time times or over a factor, kept where
     `score` falls.
 
-    One sweep a factor, from the smallest entry; the last one, where sampling starts, stays. `gap` is the
+    One sweep per factor, from the smallest entry; the last one, where sampling starts, stays. `gap` is the
     least ratio of neighbours. Returns best entries, their score, and every (entries, score) that was asked
     for."""
     best, tried = list(start), []
@@ -142,7 +142,7 @@ def search_schedule(model, steps, seed, judges):
 
 
 def speak(model, schedule, texts, seed, judges, bar):
-    """One schedule of the study: its levels, seconds of CPU a second of audio,
+    """One schedule of the study: its levels, seconds of CPU per second of audio,
     and the scores of each text; and the audio."""
     start = time.process_time()
     audio = synthesise_all(

@@ -25,10 +25,8 @@ from dlpo_nb.wavegrad2.model import load_wavegrad2
 def main():
     texts = prompts("heldout")[64:88]
     items = {item.text: item.audio for item in load_corpus(sys.argv[1]).items}
-    model, judge = (
-        load_wavegrad2(base_path(sys.argv[2] if len(sys.argv) > 2 else "tiny_base")),
-        WER("pocketsphinx"),
-    )
+    model = load_wavegrad2(base_path(sys.argv[2] if len(sys.argv) > 2 else "tiny_base"))
+    judge = WER("pocketsphinx")
     spoken = {
         "speaker": [torch.from_numpy(items[text] / np.float32(32767)) for text in texts],
         "base": synthesise_all(model, texts, NoiseSchedule.linear().respaced(25, "geometric"), 0),

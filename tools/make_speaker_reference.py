@@ -1,8 +1,8 @@
 """The speaker's own reading of the standard held-out texts: `python tools/make_speaker_reference.py CORPUS`.
 
 CORPUS is made from them by `python -m dlpo_nb.data --texts dlpo_nb/assets/prompts_heldout.txt --out CORPUS`
-(needs festival). Writes their log-mel spectrograms, 8 bits a value, to dlpo_nb/assets/heldout_speaker.npz, so
-that an evaluation can measure the distance to the speaker anywhere; prints the speaker's own DNSMOS (and
+(needs festival). Writes their log-mel spectrograms, 8 bits per value, to dlpo_nb/assets/heldout_speaker.npz,
+so that an evaluation can measure the distance to the speaker anywhere; prints the speaker's own DNSMOS (and
 NISQA, where its weights are found).
 """
 

@@ -77,10 +77,8 @@ def beside(ours, theirs):
     output = jiwer.process_words(" ".join(theirs), " ".join(ours))
     places, last = [[] for _ in ours], 0
     for chunk in output.alignments[0]:
-        mine, other = (
-            range(chunk.hyp_start_idx, chunk.hyp_end_idx),
-            range(chunk.ref_start_idx, chunk.ref_end_idx),
-        )
+        mine = range(chunk.hyp_start_idx, chunk.hyp_end_idx)
+        other = range(chunk.ref_start_idx, chunk.ref_end_idx)
         for i, j in zip(mine, other):
             places[i].append(j)
         if not mine:

@@ -68,10 +68,8 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x, mask):  # (B, C, L), (B, 1, L)
         q, k, v = (self.split(conv(x)) for conv in (self.conv_q, self.conv_k, self.conv_v))
-        place, reach = (
-            torch.arange(x.shape[2], device=x.device),
-            torch.arange(-self.window, self.window + 1, device=x.device),
-        )
+        place = torch.arange(x.shape[2], device=x.device)
+        reach = torch.arange(-self.window, self.window + 1, device=x.device)
         distance = place - place[:, None]  # (L, L): j - i
         near = (distance.abs() <= self.window).to(q.dtype)
         row = (distance + self.window).clamp(0, 2 * self.window).expand(*q.shape[:2], -1, -1)
@@ -93,7 +91,7 @@ class FeedForward(nn.Module):
         self.conv_1, self.conv_2 = same_conv(channels, hidden, kernel), same_conv(hidden, channels, kernel)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L)
         return self.conv_2(self.drop(self.conv_1(x * mask).relu()) * mask) * mask
 
 
@@ -138,15 +136,13 @@ class DurationPredictor(nn.Module):
         return self.proj(x * mask) * mask
 
 # %% ../../nbs/11b_gradtts_encoder.ipynb #69c4d368
-def symbol_of_frame(
-    durations: torch.Tensor,
-) -> torch.Tensor:  # (B, L) int64 -> (B, T), T that of the longest item
-    "Index of the symbol that each frame belongs to; past an item's end, of the last one."
+def symbol_of_frame(durations: torch.Tensor) -> torch.Tensor:  # (B, L) int64 -> (B, T)
+    """Index of the symbol that each frame belongs to; past an item's end, of the last one.
+    T is that of the longest item."""
     ends = durations.cumsum(1)
     frame = torch.arange(int(ends[:, -1].max()), device=durations.device)
-    return torch.searchsorted(ends, frame.expand(len(ends), -1).contiguous(), right=True).clamp(
-        max=ends.shape[1] - 1
-    )
+    symbol = torch.searchsorted(ends, frame.expand(len(ends), -1).contiguous(), right=True)
+    return symbol.clamp(max=ends.shape[1] - 1)
 
 
 def whole_frames(

@@ -103,11 +103,9 @@ class MelPolicy(Policy):
     def set_mel(self, mel, stack, vocoder="griffinlim"):
         "Say what the state is, and how it is heard."
         self.mel, self.stack, self.hop = mel, stack, stack * mel.hop  # hop: samples per frame of state
-        self.sample_rate, self.width, self.frame_rate = (
-            mel.sample_rate,
-            stack * mel.bands,
-            mel.sample_rate / self.hop,
-        )
+        self.sample_rate = mel.sample_rate
+        self.width = stack * mel.bands
+        self.frame_rate = mel.sample_rate / self.hop
         self.__dict__["vocoder"] = get_vocoder(vocoder, mel)  # past nn.Module: not a part of the weights
 
     def expected(self, conditioning):  # -> (B, T, width)
@@ -129,8 +127,8 @@ class MelPolicy(Policy):
         c, mels = self.config, audio.new_zeros(len(audio), int(frames.max()), self.width)
         for size in frames.unique().tolist():  # items of equal length together, each without padding
             rows = (frames == size).nonzero().flatten()
-            found = log_mel(audio[rows, : size * self.hop], self.mel).transpose(1, 2)
-            mels[rows, :size] = ((found - c.mel_mean) / c.mel_std).unflatten(1, (-1, self.stack)).flatten(2)
+            mel = log_mel(audio[rows, : size * self.hop], self.mel).transpose(1, 2)
+            mels[rows, :size] = ((mel - c.mel_mean) / c.mel_std).unflatten(1, (-1, self.stack)).flatten(2)
         return mels
 
     def analyse(self, audio, conditioning):
@@ -222,11 +220,7 @@ def speaker_vectors(policy, lengths, speakers=None):  # (B,), (B,) indices or No
     return policy.spk_emb(speakers)
 
 
-def log_duration_loss(
-    conditioning: Conditioning,
-    durations: torch.Tensor,
-    frame_rate: float,
-) -> torch.Tensor:  # (B,)
+def log_duration_loss(conditioning: Conditioning, durations, frame_rate: float) -> torch.Tensor:  # (B,)
     "Mean squared error of the logarithms of the durations; targets (B, L) in frames."
     mask = conditioning.mask
     predicted = (conditioning.seconds * frame_rate).masked_fill(~mask, 1.0)

@@ -78,10 +78,8 @@ class Encoder(nn.Module):
         self,
         x: torch.Tensor,  # (B, L, C) of the symbols
         durations: torch.Tensor,  # (B, L) units, int64
-    ) -> (
-        torch.Tensor
-    ):  # (B, C + width, T) with T the longest item; the last `width` rows are mu, 0 past an item's end
-        "Each symbol for as long as it lasts."
+    ) -> torch.Tensor:  # (B, C + width, T), T that of the longest item
+        "Each symbol for as long as it lasts; the last `width` rows are mu, 0 past an item's end."
         ends = durations.cumsum(1)
         symbol = symbol_of_frame(durations)
         t = torch.arange(symbol.shape[1], device=x.device)

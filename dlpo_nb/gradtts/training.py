@@ -75,8 +75,8 @@ def draw_offsets(frames, window, generator):  # (B,) -> (B,)
 # %% ../../nbs/11g_gradtts_training.ipynb #d0a2a752
 def released_losses(
     policy,  # GradTTS with the released network
-    ids,
-    lengths,  # (B, L), (B,)
+    ids: torch.Tensor,  # (B, L)
+    lengths: torch.Tensor,  # (B,)
     mel: torch.Tensor,  # (B, bands, T), T a multiple of 4
     frames: torch.Tensor,  # (B,)
     t: torch.Tensor,  # (B,) times in [0, 1]
@@ -109,22 +109,24 @@ def released_losses(
 # %% ../../nbs/11g_gradtts_training.ipynb #6da698fb
 def aligned_losses(
     policy,  # GradTTS
-    ids,
-    lengths,  # (B, L), (B,)
+    ids: torch.Tensor,  # (B, L)
+    lengths: torch.Tensor,  # (B,)
     durations: torch.Tensor,  # (B, L) frames of state
     x: torch.Tensor,  # (B, T, width) normalised mel
     level: torch.Tensor,  # (B, 1) sqrt(alpha_bar)
     noise: torch.Tensor,  # (B, T, width)
 ) -> Losses:
     "Losses of a batch with known durations."
-    said = policy.condition(ids, lengths, durations)
-    mu, mask = said.hidden[:, -policy.width :].transpose(1, 2), said.mask
-    inside = (torch.arange(x.shape[1], device=x.device) < said.frames[:, None])[..., None].to(x.dtype)
+    conditioning = policy.condition(ids, lengths, durations)
+    mu, mask = conditioning.hidden[:, -policy.width :].transpose(1, 2), conditioning.mask
+    inside = (torch.arange(x.shape[1], device=x.device) < conditioning.frames[:, None])[..., None].to(x.dtype)
     total = inside.sum() * policy.width
     clean = (x - mu.detach().to(x)) / policy.config.residual_std * inside
     noisy = level[..., None] * clean + (1 - level[..., None].square()).sqrt() * noise
-    hidden = torch.cat([said.hidden[:, : -policy.width], mu.detach().transpose(1, 2)], 1)
-    eps = policy.predict_noise(noisy.flatten(1), hidden, level, said.frames).unflatten(1, (-1, policy.width))
+    hidden = torch.cat([conditioning.hidden[:, : -policy.width], mu.detach().transpose(1, 2)], 1)
+    eps = policy.predict_noise(noisy.flatten(1), hidden, level, conditioning.frames).unflatten(
+        1, (-1, policy.width)
+    )
     error = policy.denoising_error(eps, noise, level[..., None]) * inside
-    duration = (policy.duration_loss(said, durations) * mask.sum(1)).sum() / mask.sum()
+    duration = (policy.duration_loss(conditioning, durations) * mask.sum(1)).sum() / mask.sum()
     return Losses(duration, ((x - mu).square() * inside).sum() / total, error.sum() / total)

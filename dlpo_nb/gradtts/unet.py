@@ -81,7 +81,7 @@ class Residual(nn.Module):
 
 
 class Resampling(nn.Module):
-    "A convolution with stride 2, down or (transposed) up."
+    "A convolution of (B, C, bands, T) with stride 2, down or (transposed) up."
 
     def __init__(self, channels: int, up: bool):
         super().__init__()
@@ -132,14 +132,14 @@ class Estimator(nn.Module):
         time = self.mlp(self.time_features(t).to(x.dtype))
         channels = [mu, x] if speaker is None else [mu, x, self.spk_mlp(speaker)[..., None].expand_as(x)]
         picture, full = torch.stack(channels, 1), mask[:, None]
-        masks, kept = [full, full[..., ::2], full[..., ::4]], []
+        masks, skips = [full, full[..., ::2], full[..., ::4]], []
         for (first, second, attention, halve), inside in zip(self.downs, masks):
             picture = attention(second(first(picture, inside, time), inside, time))
-            kept.append(picture)
+            skips.append(picture)
             picture = halve(picture * inside)
         picture = self.mid_attn(self.mid_block1(picture, masks[2], time))
         picture = self.mid_block2(picture, masks[2], time)
-        for (first, second, attention, double), inside, skip in zip(self.ups, masks[:0:-1], kept[:0:-1]):
+        for (first, second, attention, double), inside, skip in zip(self.ups, masks[:0:-1], skips[:0:-1]):
             picture = first(torch.cat([picture, skip], 1), inside, time)
             picture = double(attention(second(picture, inside, time)) * inside)
         return (self.final_conv(self.final_block(picture, full) * full) * full).squeeze(1)
@@ -162,10 +162,8 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:  # (B, T, bands), 0 past an item's end
         "Items of equal padded length in one call of the U-Net."
         sizes = -(-frames // 4) * 4
-        eps, rows_of = (
-            torch.zeros_like(y),
-            [(size, (sizes == size).nonzero().flatten()) for size in sizes.unique().tolist()],
-        )
+        eps = torch.zeros_like(y)
+        rows_of = [(size, (sizes == size).nonzero().flatten()) for size in sizes.unique().tolist()]
         for size, rows in rows_of:
             part = self.predict_equal(y[rows], hidden[rows], level[rows], frames[rows], size)
             eps = eps.index_copy(0, rows, F.pad(part, (0, 0, 0, max(0, y.shape[1] - size)))[:, : y.shape[1]])

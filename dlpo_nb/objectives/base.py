@@ -131,7 +131,7 @@ class TextBuffer:
         self.size, self.min_count, self.rewards = size, min_count, {}
 
     def normalise(self, texts: list, rewards: torch.Tensor) -> torch.Tensor:
-        "Enter the rewards (B,) of a batch and give them back normalised."
+        "Enter the rewards (B,) of a batch and return them normalised, (B,)."
         for text, reward in zip(texts, rewards.tolist(), strict=True):
             self.rewards.setdefault(text, deque(maxlen=self.size)).append(reward)
         out = []
@@ -146,7 +146,7 @@ class TextBuffer:
         return {text: list(values) for text, values in self.rewards.items()}
 
     def load_state_dict(self, state):
-        "Go on with the rewards of a `state_dict`."
+        "Resume with the rewards of a `state_dict`."
         self.rewards = {text: deque(values, maxlen=self.size) for text, values in state.items()}
 
 # %% ../../nbs/30_objectives.ipynb #8cca59e7
@@ -195,8 +195,8 @@ def kl_divergence(
 
 # %% ../../nbs/30_objectives.ipynb #b193f97d
 def check_fields(settings, above_zero=(), at_least_one=()):
-    """Raises UserError if a field of a dataclass is none of the choices of its type,
-    or a number without a meaning."""
+    """Raises UserError if a field of a dataclass is not one of the choices of its type,
+    or is a number outside its range."""
     kinds = get_type_hints(type(settings))  # also where annotations are kept as text
     for f in fields(settings):
         value, flag, kind = getattr(settings, f.name), f"--{f.name.replace('_', '-')}", kinds[f.name]
@@ -251,7 +251,8 @@ class PolicyGradient(Objective):
     advantage_clip: float = 5.0  # largest absolute advantage (group, batch, buffer)
     buffer_size: int = 32  # rewards of a text that the running buffer keeps
     buffer_min_count: int = 16  # rewards of a text from which on they are its baseline; fewer: the batch's
-    above_zero, at_least_one = ("clip_range", "advantage_clip"), ("buffer_size",)
+    above_zero = ("clip_range", "advantage_clip")
+    at_least_one = ("buffer_size",)
 
     def fit(self, loop):
         if self.estimator == "score" and loop.inner_epochs > 1:
@@ -272,7 +273,7 @@ class PolicyGradient(Objective):
         return TextBuffer(self.buffer_size, self.buffer_min_count)
 
     def centre_penalty(self, values, group_size):
-        "A penalty inside the reward (B,), minus the mean that the rewards are freed of too."
+        "A penalty inside the reward (B,), minus the mean that is subtracted from the rewards too."
         if self.advantage in ("raw", "leave-one-out"):
             return advantages(values, self.advantage, group_size)
         return centre(values, group_size if self.advantage == "group" else 1)

@@ -34,8 +34,8 @@ def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.
 @OBJECTIVES.register("rwr")
 @dataclass
 class RWR(Objective):
-    """Reward-weighted regression on the policy's own samples: eq.
-    6 of the paper, with D for the log-likelihood."""
+    """Reward-weighted regression on the policy's own samples:
+    eq. 6 of the paper, with D for the log-likelihood."""
 
     # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
     rwr_weights: Literal["softmax", "raw"] = "softmax"

@@ -26,14 +26,14 @@ WINDOW = 144160  # samples: 9.01 s at 16 kHz
 
 def windows(clip):
     """Windows, a list of (144160,), of a clip (N,) at 16 kHz:
-    one of the repeated clip if it is shorter, else one a whole second."""
+    one of the repeated clip if it is shorter, else one per whole second."""
     if len(clip) < WINDOW:
         return [clip.repeat(math.ceil(WINDOW / len(clip)))[:WINDOW]]
     starts = range(max(1, len(clip) // SAMPLE_RATE - 9))
     # rounding makes windows 7 to 23 (and a few after 2 minutes) of the reference one sample short,
     # and it leaves those out
-    whole = [i for i in starts if int((i + WINDOW_SECONDS) * SAMPLE_RATE) == i * SAMPLE_RATE + WINDOW]
-    return [clip[i * SAMPLE_RATE : i * SAMPLE_RATE + WINDOW] for i in whole]
+    full = [i for i in starts if int((i + WINDOW_SECONDS) * SAMPLE_RATE) == i * SAMPLE_RATE + WINDOW]
+    return [clip[i * SAMPLE_RATE : i * SAMPLE_RATE + WINDOW] for i in full]
 
 # %% ../../nbs/21_dnsmos.ipynb #cff941c1
 @functools.lru_cache
@@ -70,7 +70,7 @@ P835 = {
 
 
 def network_path(file):
-    """Where the installed package speechmos keeps one of its networks; UserError if it is not installed."""
+    """Where the installed package speechmos keeps one of its networks. Raises UserError if it is not installed."""
     package = importlib.util.find_spec("speechmos")
     path = Path(package.submodule_search_locations[0]) / "dnsmos_models" / file if package else None
     if path is None or not path.is_file():
@@ -93,17 +93,17 @@ def session(file):
 def rate_window(window, names):
     """Scores by name (dict) of a window (144160,) at 16 kHz:
     at least those that are asked for, list of "p808", "sig", "bak", "ovrl"."""
-    found = {}
+    scores = {}
     if "p808" in names:
-        found["p808"] = float(
+        scores["p808"] = float(
             session("model_v8.onnx").run(None, {"input_1": p808_features(window[None]).numpy()})[0][0, 0]
         )
     if P835.keys() & set(names):
         raw = session("sig_bak_ovr.onnx").run(None, {"input_1": window[None].numpy()})[0][0].tolist()
-        found |= {
+        scores |= {
             name: a * raw[column] ** 2 + b * raw[column] + c for name, (column, (a, b, c)) in P835.items()
         }
-    return found
+    return scores
 
 # %% ../../nbs/21_dnsmos.ipynb #931104b6
 @REWARDS.register("dnsmos")
@@ -131,8 +131,8 @@ class DNSMOS(Reward):
         """Scores (len(clips), len(names)): the mean over the windows of each clip."""
 
         def rate_clip(clip):
-            found = [rate_window(window, names) for window in windows(clip)]
-            return [sum(scores[name] for scores in found) / len(found) for name in names]
+            rated = [rate_window(window, names) for window in windows(clip)]
+            return [sum(scores[name] for scores in rated) / len(rated) for name in names]
 
         with ThreadPoolExecutor(self.threads) as pool:
             return torch.tensor(list(pool.map(rate_clip, clips)))  # map keeps the order

@@ -109,13 +109,11 @@ def read_tensors(path):
 
 def misfit(tensors, shapes):
     """What keeps `tensors` from being {name: tensor} of just these `shapes` {name: shape}, in words;
-    None where nothing does."""
+    None if nothing does."""
     if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
         return "it is not a plain dict of tensors"
-    missing, extra = (
-        [name for name in shapes if name not in tensors],
-        [name for name in tensors if name not in shapes],
-    )
+    missing = [name for name in shapes if name not in tensors]
+    extra = [name for name in tensors if name not in shapes]
     if missing:
         return f"{len(missing)} of its {len(shapes)} tensors are missing, such as {missing[0]}"
     if extra:
@@ -129,7 +127,7 @@ def misfit(tensors, shapes):
 
 # %% ../../nbs/22_utmos.ipynb #00940a11
 def load_utmos(path, device="cpu", dtype=torch.float32):
-    """The network in eval mode with the released weights of a .pt or .safetensors file;
+    """The network in eval mode with the released weights of a .pt or .safetensors file.
     Raises UserError for any other file.
 
     device: anything torch takes. dtype: of what follows the convolutions, which are never below float32.

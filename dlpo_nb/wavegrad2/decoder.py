@@ -21,7 +21,7 @@ SLOPE = 0.2  # of every leaky ReLU
 
 
 def convolve(x, weight, bias, dilation):
-    "Convolution (O, C, K) of x (B, C, 1, N) that keeps the length."
+    "Convolution (O, C, K) of x (B, C, 1, N) that keeps the length: (B, O, 1, N)."
     y = F.conv2d(
         x, weight.unsqueeze(2), bias, padding=(0, dilation * (weight.shape[2] // 2)), dilation=(1, dilation)
     )
@@ -36,7 +36,7 @@ def activate(x, scale=None, shift=None, slope=SLOPE):
 
 
 def shrink(x, factor):
-    "Linear interpolation of x (B, C, 1, N) down by a whole factor."
+    "Linear interpolation of x (B, C, 1, N) down by a whole factor: (B, C, 1, N / factor)."
     middle = factor // 2
     if factor % 2:
         return x[..., middle::factor]
@@ -44,7 +44,8 @@ def shrink(x, factor):
 
 
 def stretch(x, factor):
-    "Linear interpolation of x (B, C, 1, N) up by a whole factor; the ends are repeated."
+    """Linear interpolation of x (B, C, 1, N) up by a whole factor, (B, C, 1, N * factor);
+    the ends are repeated."""
     return (
         x
         if factor == 1
@@ -157,14 +158,14 @@ class FiLM(nn.Module):
         self.scale_conv = Conv(in_channels, out_channels, 3)
         self.shift_conv = Conv(in_channels, out_channels, 3)
 
-    def forward(self, x, level):
+    def forward(self, x, level):  # (B, C, 1, N), (B, 1)
         z = activate(self.signal_conv[0](x))
         z = z + level_embedding(level, z.shape[1])[..., None, None].to(z.dtype)
         return self.scale_conv(z), self.shift_conv(z)
 
 
 class Modulation(nn.Module):
-    "conv(lrelu(scale * v + shift))."
+    "conv(lrelu(scale * v + shift)), all (B, C, 1, N); `film` is (scale, shift)."
 
     def __init__(self, channels, dilation):
         super().__init__()
@@ -175,7 +176,7 @@ class Modulation(nn.Module):
 
 # %% ../../nbs/07_decoder.ipynb #4b495363
 class ActivatedConv(nn.Module):
-    "conv3(lrelu(x))."
+    "conv3(lrelu(x)) of x (B, C, 1, N)."
 
     def __init__(self, in_channels, out_channels, dilation):
         super().__init__()
@@ -255,7 +256,7 @@ class FirstBranch(nn.Module):
 
 
 class SecondBranch(nn.Module):
-    "Two modulations."
+    "Two modulations of v (B, C, 1, N)."
 
     def __init__(self, channels, dilations):
         super().__init__()

@@ -38,7 +38,7 @@ def gaussian_alignment(
 
 # %% ../../nbs/06_upsampling.ipynb #107ee07c
 class Predictor(nn.Module):
-    "One number a symbol from the memory: 2-layer bidirectional LSTM and a linear layer."
+    "One number per symbol from the memory: 2-layer bidirectional LSTM and a linear layer."
 
     def __init__(self, in_channels: int, channels: int):
         super().__init__()
@@ -75,7 +75,7 @@ def round_durations(
 # %% ../../nbs/06_upsampling.ipynb #40987696
 @dataclass
 class Upsampled:
-    "What `Resampling` gives."
+    "The output of `Resampling`."
 
     hidden: torch.Tensor  # (B, C, T)
     alignment: torch.Tensor  # (B, L, T)

@@ -53,11 +53,9 @@ def sampling_steps(args):
     """{name: a call that gives the estimated noise and the next state, (B, N) each}:
     reverse step t = 500 of 1000."""
     ours = base_decoder()
-    plain, tables, schedule = (
-        PlainDecoder(ours.state_dict()),
-        PlainTables(BETAS),
-        NoiseSchedule.from_betas(BETAS, torch.float32),
-    )
+    plain = PlainDecoder(ours.state_dict())
+    tables = PlainTables(BETAS)
+    schedule = NoiseSchedule.from_betas(BETAS, torch.float32)
     y, hidden, z = signals(args.batch, args.frames)
 
     def step():
@@ -109,10 +107,8 @@ def training_steps(args, names=("plain", "ours", "ours bfloat16")):
 def ceilings():
     """{name: a call, and how much it does (floating-point operations, or bytes)}."""
     a, b = torch.randn(2, 1536, 1536)
-    half, signal = (
-        (a.bfloat16(), b.bfloat16()),
-        torch.randn(4, 512, 1, 3000).contiguous(memory_format=torch.channels_last),
-    )
+    half = (a.bfloat16(), b.bfloat16())
+    signal = torch.randn(4, 512, 1, 3000).contiguous(memory_format=torch.channels_last)
     kernel, big = torch.randn(512, 512, 1, 3), torch.randn(2, 32 * 2**20)
     small = signal.bfloat16(), kernel.bfloat16()
     of_conv = 2 * 4 * 3000 * 512 * 512 * 3

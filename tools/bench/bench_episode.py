@@ -4,7 +4,7 @@
 WaveGrad 2 Base with random weights on texts of LJSpeech's length (or the packaged base with --tiny), DLPO
 with the settings of preset paper but for the flags below, and a reward that costs nothing (a UTMOS with
 random weights: --utmos). Every setting in --settings gets an episode to warm up and one that counts. Writes
-FILE as json: ceilings, the network's operations and bytes, a row a setting.
+FILE as json: ceilings, the network's operations and bytes, a row per setting.
 """
 
 import json
@@ -93,10 +93,8 @@ def network(config, device):
     tuner = tuner_of(config, {}, device)
     ids = torch.tensor([text_to_ids(text)[: config.symbols] for text in (tuner.texts * 4)[:4]], device=device)
     cond = tuner.model.condition(ids, torch.full((4,), ids.shape[1], device=device))
-    x, step = (
-        torch.randn(4, int(cond.frames.max()) * tuner.model.width, device=device),
-        torch.full((4, 1), 0.5, device=device),
-    )
+    x = torch.randn(4, int(cond.frames.max()) * tuner.model.width, device=device)
+    step = torch.full((4, 1), 0.5, device=device)
     rows = {}
     for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
 

@@ -4,7 +4,7 @@
 Texts of LJSpeech's mean length (6.5 s), random weights, float32 on a CPU, each setting in a process of its
 own (peak of the resident memory); on a GPU the same tensors are held. A slice is freed before the next, so
 one trained step and one noise level show the peak; the stored pairs of all rollouts come on top and are added
-up here: 2 x trained steps x samples x 4 bytes a rollout. Writes results/bench/memory.json. With --setting
+up here: 2 x trained steps x samples x 4 bytes per rollout. Writes results/bench/memory.json. With --setting
 NAME: that one alone, printed as json.
 """
 

@@ -81,15 +81,11 @@ class PlainTables:
     def __init__(self, betas):
         kept = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1), kept[:-1]])
-        self.level, self.of_x, self.of_eps = (
-            kept.sqrt(),
-            (1 / kept).sqrt(),
-            (1 - kept).sqrt() * (1 / kept).sqrt(),
-        )
-        self.of_x0, self.of_y = (
-            betas * before.sqrt() / (1 - kept),
-            (1 - before) * (1 - betas).sqrt() / (1 - kept),
-        )
+        self.level = kept.sqrt()
+        self.of_x = (1 / kept).sqrt()
+        self.of_eps = (1 - kept).sqrt() * (1 / kept).sqrt()
+        self.of_x0 = betas * before.sqrt() / (1 - kept)
+        self.of_y = (1 - before) * (1 - betas).sqrt() / (1 - kept)
         self.log_variance = (betas * (1 - before) / (1 - kept)).clamp(min=1e-20).log()
 
     def step(self, decoder, y, hidden, t, z):

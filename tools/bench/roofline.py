@@ -27,8 +27,8 @@ def seconds(work, device, repeats=3):
 
 
 def ceilings(device, dtype, size=None):
-    """Measured here and now: operations a second of a large square matrix product,
-    bytes a second of a large copy (read and written)."""
+    """Measured here and now: operations per second of a large square matrix product,
+    bytes per second of a large copy (read and written)."""
     gpu = torch.device(device).type == "cuda"
     n = size or (8192 if gpu else 1024)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
