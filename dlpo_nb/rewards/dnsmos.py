@@ -70,7 +70,8 @@ P835 = {
 
 
 def network_path(file):
-    """Where the installed package speechmos keeps one of its networks. Raises UserError if it is not installed."""
+    """Where the installed package speechmos keeps one of its networks.
+    Raises UserError if it is not installed."""
     package = importlib.util.find_spec("speechmos")
     path = Path(package.submodule_search_locations[0]) / "dnsmos_models" / file if package else None
     if path is None or not path.is_file():
