@@ -243,7 +243,8 @@ def refuse(*args, **options):
 
 
 def test_rewards_of_a_run():
-    """An error rate is capped where it is paid for, whole where it is reported; a sum of one is normalised too."""
+    """An error rate is capped where it is paid for, whole where it is reported;
+    a sum of one is normalised too."""
     assert "most" not in judge_options("dnsmos - 0.5*wer", LaunchConfig())["wer"]
     assert judge_options("wer", LaunchConfig(), report=True)["most"] == float("inf")
     reward = load_reward(LaunchConfig(reward="dnsmos", normalise="z"))

@@ -1,4 +1,5 @@
-"""A file of one's own on the command line, as a user has it: outside the checkout, in a folder with nothing else."""
+"""A file of one's own on the command line, as a user has it:
+outside the checkout, in a folder with nothing else."""
 
 import json
 import os
