@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LEGACY', 'write_weights', 'read_safetensors', 'Inert', 'PlainDict', 'Stored', 'rebuild_tensor',
-           'rebuild_parameter', 'WeightsUnpickler', 'read_archive', 'read_tensor', 'plain_tensors', 'read_weights',
+           'rebuild_parameter', 'WeightsUnpickler', 'entries', 'read_archive', 'read_tensor', 'read_weights',
            'check_entries']
 
 # %% ../nbs/04a_weights.ipynb #1ce68356
@@ -122,18 +122,21 @@ class WeightsUnpickler(pickle.Unpickler):
         return key, dtype
 
 # %% ../nbs/04a_weights.ipynb #235e8485
+def entries(content) -> dict:
+    "The weights in what a file holds: its `state_dict` or `generator` (HiFi-GAN's), else all of it."
+    if not isinstance(content, dict):
+        raise ValueError("it holds no dictionary of weights")
+    inner = (content.get(name) for name in ("state_dict", "generator"))
+    return next((weights for weights in inner if isinstance(weights, dict)), content)
+
+
 def read_archive(path) -> dict:
-    """The tensors of a torch.save archive by key: its `state_dict` where it has one, else its own entries.
-    Runs no pickled code."""
+    "The tensors of a torch.save archive by key. Runs no pickled code."
     with zipfile.ZipFile(path) as archive:
         (listing,) = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
         root = listing[: -len("data.pkl")]
         with archive.open(listing) as file:
-            content = WeightsUnpickler(file).load()
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-        if not isinstance(content, dict):
-            raise ValueError("it holds no dictionary of weights")
+            content = entries(WeightsUnpickler(file).load())
         return {
             str(key): read_tensor(archive, root, value)
             for key, value in content.items()
@@ -151,14 +154,6 @@ def read_tensor(archive, root, stored: Stored) -> torch.Tensor:
 
 # %% ../nbs/04a_weights.ipynb #79a86945
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # how torch.save's container of before 2020 begins
-
-
-def plain_tensors(content) -> dict:
-    "The tensors of a dictionary, or of its `state_dict`, by key."
-    if not isinstance(content, dict):
-        raise ValueError("it holds no dictionary of weights")
-    content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    return {str(key): value.detach() for key, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def read_weights(path) -> tuple:  # ({key: tensor}, {metadata})
@@ -179,7 +174,8 @@ def read_weights(path) -> tuple:  # ({key: tensor}, {metadata})
         if head[8:9] == b"{":
             return read_safetensors(path)
         if head.startswith(LEGACY):
-            return plain_tensors(torch.load(path, "cpu", weights_only=True)), {}
+            content = entries(torch.load(path, "cpu", weights_only=True)).items()
+            return {str(k): value.detach() for k, value in content if isinstance(value, torch.Tensor)}, {}
     # whatever a damaged or hostile file makes the readers raise
     except Exception as error:
         raise UserError(

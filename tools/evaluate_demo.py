@@ -8,13 +8,20 @@ evaluation.csv.
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
+import statistics
 import tempfile
 from pathlib import Path
 
+import librosa
+import torch
+
+from dlpo_nb.audio import read_audio, resample
 from dlpo_nb.core import UserError, run_main
 from dlpo_nb.evaluate import EvaluateConfig, evaluate
+from dlpo_nb.rewards.distillmos import SAMPLE_RATE, DistillMOS, to_16k
 
 SYSTEMS = ("base", "dlpo", "dpok", "klinr", "rwr", "ddpo", "gt")
 TEXTS = {  # LJSpeech, public domain
@@ -46,13 +53,32 @@ def arrange(folder, where):
         )
 
 
+def by_filter(folder):
+    """Mean Distill-MOS {filter: {system: mean}}, by what brings the recordings to 16 kHz."""
+    judge, means = DistillMOS(device="cpu"), {}
+    filters = {
+        "long": lambda audio: to_16k(audio, 22050),
+        "librosa, soxr": lambda audio: torch.from_numpy(
+            librosa.resample(audio.numpy(), orig_sr=22050, target_sr=SAMPLE_RATE)
+        ),
+        "torchaudio": lambda audio: resample(audio, 22050, SAMPLE_RATE),
+    }
+    for name, convert in filters.items():
+        means[name] = {}
+        for system in SYSTEMS:
+            clips = [convert(read_audio(Path(folder) / f"{text}_{system}.flac")) for text in TEXTS]
+            scores = judge.score_clips(clips, SAMPLE_RATE, list(TEXTS)).tolist()
+            means[name][system] = round(statistics.mean(scores), 4)
+    return means
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/dlpo_demo"))
-    parser.add_argument("--metrics", default="dnsmos,nisqa,wer")
+    parser.add_argument("--metrics", default="distillmos,dnsmos,nisqa,wer")
     args = parser.parse_args()
     out = args.out.resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -62,6 +88,8 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         for name in ("evaluation.json", "evaluation.csv"):
             shutil.copy(Path(folder) / "out" / name, out / name)
+    found = {"command": "python tools/evaluate_demo.py FOLDER", "means": by_filter(args.folder)}
+    (out / "resampling.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from ..diffusion import NoiseSchedule
 from . import small, text, unet
 from .encoder import Encoder
 from .sde import sde_schedule
+from ..hifigan import default_vocoder
 from ..policy import POLICIES, Conditioning, Policy, check_symbols, load_policy
 from ..text import SYMBOLS, text_to_ids
-from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, get_vocoder, log_mel
+from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, log_mel
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #5fb64a15
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ class MelPolicy(Policy):
     stack: int  # mel frames per frame of state
     decoder: nn.Module  # predict_noise(y (B, T, width), hidden, level, frames) -> (B, T, width)
 
-    def set_mel(self, mel, stack, vocoder="griffinlim"):
-        "Say what the state is, and how it is heard."
+    def set_mel(self, mel, stack):
+        "Say what the state is, and how it is heard: by `default_vocoder`."
         self.mel, self.stack, self.hop = mel, stack, stack * mel.hop  # hop: samples per frame of state
         self.sample_rate = mel.sample_rate
         self.width = stack * mel.bands
         self.frame_rate = mel.sample_rate / self.hop
-        self.__dict__["vocoder"] = get_vocoder(vocoder, mel)  # past nn.Module: not a part of the weights
+        self.__dict__["vocoder"] = default_vocoder(mel)  # past nn.Module: not a part of the weights
 
     def expected(self, conditioning):  # -> (B, T, width)
         "mu of each frame, in normalised mel."
