@@ -94,7 +94,7 @@ class EvaluateConfig:
     # that has one, else packaged
     texts: str = ""
     heldout: int = 64  # the first N of the texts; 0: all
-    metrics: str = "dnsmos,nisqa,utmos,wer"  # judges, by name or formula
+    metrics: str = "distillmos,dnsmos,nisqa,utmos,wer"  # judges, by name or formula
     level_normalised: bool = True  # hear each utterance at -26 dBFS RMS as well
     # the paired test whose p is corrected and shown; the other one is in evaluation.json
     test: Literal["t", "wilcoxon"] = "t"
