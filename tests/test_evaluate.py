@@ -26,6 +26,7 @@ from dlpo_nb.evaluate import EvaluateConfig, main, speak
 from dlpo_nb.evaluate import evaluate as compare_all
 from dlpo_nb.heldout import (
     compare,
+    evaluation_judges,
     format_table,
     measure,
     ordered,
@@ -467,6 +468,41 @@ def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
     found = book.ask(judge, "judge", {}, [ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
     assert found[0] == 10 and str(found[1]) == "too long" and found[2] == 30 and len(book.known) == 2
     assert book.ask(judge, "judge", {"weights": "other"}, [ones(5)], ["a"]) == [5] and len(book.known) == 3
+
+
+class Listener(Reward):
+    "A stub of wer: the same rates whatever is said, and no Whisper to load."
+
+    name, lower_is_better = "wer", True
+    weights_from, report_options = WeightsFrom("whisper", "model", "STUB"), {"most": math.inf}
+
+    def __init__(self, model="", most=1.0):
+        self.model, self.most = model, most
+
+    def score_clips(self, clips, sample_rate, texts):
+        return [min(1.5, self.most)] * len(clips)
+
+
+def test_a_run_is_judged_for_its_words_where_a_whisper_is(monkeypatch):
+    """A report cuts nothing; the fallback, pocketsphinx, is not asked."""
+    monkeypatch.setitem(REWARDS.entries, "wer", Listener)
+    monkeypatch.setattr("dlpo_nb.rewards.nisqa.find_nisqa_weights", lambda: None)
+    monkeypatch.delenv("STUB", raising=False)
+    config, reward = SimpleNamespace(reward="judge", device="cpu"), Seconds()
+    assert list(evaluation_judges(config, reward)) == ["judge"]
+    monkeypatch.setenv("STUB", "a model")
+    judges = evaluation_judges(config, reward)
+    assert list(judges) == ["judge", "wer"] and judges["judge"] is reward
+    audio = [torch.sin(torch.arange(16000) * 0.05) / 9] * 2
+    rows = measure(audio, TEXTS[:2], judges, sample_rate=16000)
+    assert [row["wer"] for row in rows] == [1.5, 1.5] and [row["judge"] for row in rows] == [1, 1]
+    table = dict(
+        evaluation=compare(rows, rows), method="dlpo", reward="judge", control="none", seed=0, episodes=1
+    )
+    assert "wer (not the reward)                1.500" in format_table(table)
+    config.nisqa_weights = "nowhere.tar"
+    with pytest.raises(UserError, match="nowhere.tar"):
+        evaluation_judges(config, reward)
 
 
 class Seconds(Reward):

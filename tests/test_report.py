@@ -1,4 +1,4 @@
-"""What a report must survive: unfinished and damaged runs, hostile texts, long recordings; and that it is self-contained."""
+"""What a report must survive: unfinished and damaged runs, hostile texts, long recordings."""
 
 import re
 import subprocess
@@ -256,6 +256,6 @@ def test_what_a_judge_refused_is_listed(tmp_path):
     run.write_json("summary.json", run.read_json("summary.json") | {"evaluation": compare(base, tuned)})
     said = checked(write_report(run.path)).said
     assert (
-        "Left out on both sides (column n): nisqa could not judge text 3, “Rain, <at last>.”, of the tuned model: longer than <60> s."
-        in said
+        "Left out on both sides (column n): nisqa could not judge text 3, “Rain, <at last>.”, "
+        "of the tuned model: longer than <60> s." in said
     )
