@@ -47,7 +47,7 @@ class LaunchConfig(FinetuneConfig):
     # empty: looked up, and the judge left out where absent
     nisqa_weights: str = ""
     utmos_weights: str = ""  # path of the UTMOS weights, if the reward needs them; empty: looked up
-    whisper: str = ""  # path of the Whisper model that a wer in the reward listens with; empty: looked up
+    whisper: str = ""  # path of the Whisper model that wer listens with; empty: looked up
     out: str = ""  # run directory; empty: runs/PRESET-METHOD-seedN, numbered where it exists
     resume: bool = False  # resume the run in --out
     # build everything, run two episodes, print what the whole run costs, write nothing

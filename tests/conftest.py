@@ -23,3 +23,10 @@ def shared():
     if not Path(folder).is_dir():
         pytest.fail(f"DLPO_SHARED_FOLDER is {folder}, which is not a folder")
     return Path(folder)
+
+
+@pytest.fixture
+def no_whisper(monkeypatch):
+    """No Whisper is found, where nothing is said about words: it takes a second to load, and one per utterance."""
+    monkeypatch.setattr("dlpo_nb.rewards.wer.packaged_whisper", lambda: None)
+    monkeypatch.delenv("DLPO_WHISPER_MODEL", raising=False)

@@ -18,6 +18,7 @@ from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.settings import LaunchConfig, parse, recorded, stored_config
+from dlpo_nb.rewards.wer import WER
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,9 @@ def test_run_directory(finished):
     }
     assert wanted <= set(rows[0])
     assert rows[0]["ratio/mean"] == 1.0 and rows[0]["kl"] == 0.0, "the first update is exactly on-policy"
-    assert json.loads((out / "summary.json").read_text())["heldout_texts"] == 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["heldout_texts"] == 2
+    assert ("wer" in summary["evaluation"]["metrics"]) == bool(WER.found_weights())
     assert (out / "samples" / "base_001.wav").exists() and (out / "samples" / "tuned_001.wav").exists()
     assert "report.html" in printed
 
@@ -103,7 +106,7 @@ def test_existing_run_is_not_overwritten(finished):
 
 def test_resume_goes_on(finished, tmp_path):
     out = tmp_path / "half"
-    assert launch("--episodes", 1, "--out", out, *TINY).returncode == 0
+    assert launch("--episodes", 1, "--out", out, *TINY, "--heldout", 0).returncode == 0
     with open(out / "metrics.jsonl", "a") as file:  # as after a kill between a row and its state
         file.write(json.dumps({"episode": 1, "reward/mean": 0.0}) + "\n")
     assert launch("--episodes", 2, "--out", out, "--resume").returncode == 0, (
@@ -216,7 +219,7 @@ def test_an_objective_of_ones_own_is_recorded_as_it_was_built(capsys):
     assert record["beta"] == 1.25 and record["objective"]["patience"] == 3 and again.beta == 1.25
 
 
-def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_path):
+def test_what_fails_at_the_end_fails_before_the_first_episode(monkeypatch, tmp_path, no_whisper):
     """Judging, comparing and reporting are tried on a recording first; nothing is left where that fails."""
     config = LaunchConfig(reward="2*dnsmos", normalise="z", heldout=2).resolved()
     reward = load_reward(config)
