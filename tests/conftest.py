@@ -27,6 +27,6 @@ def shared():
 
 @pytest.fixture
 def no_whisper(monkeypatch):
-    """No Whisper is found, where nothing is said about words: it takes a second to load, and one per utterance."""
+    """No Whisper is found: it takes a second to load and one per utterance."""
     monkeypatch.setattr("dlpo_nb.rewards.wer.packaged_whisper", lambda: None)
     monkeypatch.delenv("DLPO_WHISPER_MODEL", raising=False)
