@@ -62,6 +62,9 @@ class LaunchConfig(FinetuneConfig):
     # how often a run with several processes resumes from its last state after one of them was lost
     max_restarts: int = 0
 
+    def __post_init__(self):
+        self.plugin = tuple(self.plugin)  # config.json has a list
+
     def check(self):
         super().check()
         plugin_fingerprints(self.plugin)

@@ -20,7 +20,7 @@ from dlpo_nb.objectives import OBJECTIVES, get_objective
 from dlpo_nb.plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
 from dlpo_nb.policies import POLICIES
 from dlpo_nb.rewards import REWARDS, get_reward
-from dlpo_nb.settings import parse
+from dlpo_nb.settings import parse, recorded
 from dlpo_nb.systems import System
 
 HERE = Path(__file__).resolve().parent
@@ -252,6 +252,19 @@ def test_an_option_cannot_be_called_like_a_setting(registries, tmp_path):
     (tmp_path / "my.py").write_text(OBJECTIVE + "\n".join(lines))
     with pytest.raises(UserError, match="'seed', which is the name of a setting"):
         parse(["--plugin", str(tmp_path / "my.py")])
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_resumed_run_reads_its_settings_without_a_warning(registries, tmp_path):
+    path, run = tmp_path / "mine.py", tmp_path / "run"
+    path.write_text(MINE.format("r_"))
+    flags = ["--plugin", str(path), "--method", "r_patient", "--r-patience", "3"]
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(recorded(*parse(flags), {})))
+    resumed = parse(["--out", str(run), "--resume", "--episodes", "30"])[1]
+    assert resumed.plugin == (str(path.resolve()),) and resumed.objective.r_patience == 3
+    again = parse(["--out", str(run), "--resume", "--plugin", str(path)])[1]
+    assert again.plugin == resumed.plugin and resumed.episodes == 30
 
 
 def test_which_plug_ins_a_run_has(registries, tmp_path):
