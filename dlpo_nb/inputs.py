@@ -13,7 +13,7 @@ import torch
 
 from .audio import SAMPLE_RATE
 from .core import UserError, asset, base_path, read_jsonl
-from .corpus import HOP, load_corpus
+from .corpus import load_corpus
 from .distributed import world_size
 from .judges import judge_options
 from .policies import load_policy
@@ -76,16 +76,10 @@ def load_texts(policy, source, split, max_words=0, count=None):
 def load_recordings(config, policy):
     """The recorded speech on which the denoising loss is taken, or watched where the method does not take it;
     None if the packaged one does not fit the policy and the method needs none."""
-    packaged, samples = config.corpus == "packaged", policy.sample_rate / policy.frame_rate
-    fits = samples == HOP and policy.sample_rate == SAMPLE_RATE
+    packaged, fits = config.corpus == "packaged", policy.sample_rate == SAMPLE_RATE
     needed = "denoising" in config.objective.needs and config.objective.denoising_source == "data"
     if packaged and not fits and not needed:
         return None
-    if samples != HOP:
-        raise UserError(
-            f"a corpus has {HOP} samples per frame, the policy {policy.kind} has {samples:g}; "
-            "say --denoising-source sample, or choose a method without the denoising loss of recordings."
-        )
     return load_corpus(asset("speech_train") if packaged else config.corpus, policy.sample_rate)
 
 

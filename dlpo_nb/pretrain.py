@@ -80,7 +80,7 @@ VALIDATION_STEPS = (16, 80, 250, 550, 850)
 
 
 def validation_losses(run, policy, items, rows):
-    "(denoising at each of VALIDATION_STEPS, then the other parts; weights of these means): (parts,) float64 each."
+    "Denoising at each of VALIDATION_STEPS, then the other parts, and the weights of these means: (2, parts)."
     recipe, schedule = run.recipe, policy.training_schedule()
     batch, sizes, numbers, symbols = recipe.held_out(policy, items)
     batch = {name: value.to(run.device) for name, value in batch.items()}
@@ -99,7 +99,7 @@ def validation_losses(run, policy, items, rows):
 
 @torch.no_grad()
 def validate(run, at_once=32):
-    "Losses of the averaged model on held-out speech, by step and part, e.g. {'16': 0.38, ..., 'duration': 0.002}."
+    "Losses of the averaged model on held-out speech, e.g. {'16': 0.38, ..., 'duration': 0.002}."
     names = [*map(str, VALIDATION_STEPS), *run.recipe.parts[1:]]
     rows, sums = shard(range(len(run.held_out))), torch.zeros(2, len(names), dtype=torch.float64)
     for some in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
@@ -111,7 +111,7 @@ def validate(run, at_once=32):
 # %% ../nbs/46_pretrain.ipynb #62e36371
 @torch.no_grad()
 def sample(run, count=2):
-    "Speech of `count` held-out utterances by the averaged model: list of (N,) tensors; the same noise every time."
+    "Speech of `count` held-out utterances by the averaged model, (N,) each; the same noise every time."
     schedule = run.average.training_schedule().respaced(*run.recipe.sampling)
     draw = keyed_generator(run.config.seed, "sample", device=run.device)
     items = run.held_out[:count]
@@ -121,7 +121,8 @@ def sample(run, count=2):
 
 
 def judges(config):
-    "The judges of samples by name: DNSMOS, and NISQA where its weights are found. UserError where one cannot be had."
+    """The judges of samples by name: DNSMOS, and NISQA where its weights are found. Raises UserError if one
+    cannot be had."""
     if not (config.score and config.sample_every):
         return {}
     try:
@@ -144,7 +145,7 @@ def score(run, audio):
 
 
 def report_samples(run, board):
-    "Writes two samples to samples/ and TensorBoard; returns their `score`, where it is wanted, with those of 14 more."
+    "Writes two samples to samples/ and TensorBoard; returns the `score`, where wanted, of them and 14 more."
     audio = sample(run, 16 if run.config.score else 2)
     for i, clip in enumerate(audio[:2]):
         write_audio(run.folder.path / "samples" / f"step_{run.step:07d}_{i}.wav", clip, run.model.sample_rate)
@@ -154,7 +155,7 @@ def report_samples(run, board):
 
 # %% ../nbs/46_pretrain.ipynb #2c674346
 def samples_due(run):
-    "Whether the row at this step is the first one at or after a multiple of sample_every, or the last of the run."
+    "Whether this step's row is the first at or after a multiple of sample_every, or the last of the run."
     every, step = run.config.sample_every, run.step
     return every > 0 and (run.progress >= 1 or step // every > (step - run.config.log_every) // every)
 
@@ -191,7 +192,7 @@ def report(run, board):
 
 # %% ../nbs/46_pretrain.ipynb #80493c12
 def open_board(run):
-    "A TensorBoard writer for the run; None where tensorboard is not installed, and in all but the first process."
+    "A TensorBoard writer; None where tensorboard is not installed, and in all but the first process."
     if rank() > 0:
         return None
     try:
@@ -259,7 +260,8 @@ def sync_clock_and_stop(
 
 
 def work_clock(device) -> float:
-    "Seconds of this process's own work: on a CPU its computing time per thread, which another job cannot lengthen; on a GPU the clock's."
+    """Seconds of this process's own work: on a CPU its computing time per thread, which does not count what
+    other jobs take; on a GPU the clock's."""
     return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
 
 
@@ -278,23 +280,13 @@ def fit(
     last_step=None,  # stop at this step, before the end of the run
     progress=True,  # show a bar
 ):
-    "Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved); writes state.pt at the end."
-    config, board, began, spent, stop = (
-        run.config,
-        open_board(run),
-        work_clock(run.device),
-        run.seconds,
-        False,
-    )
-    started = time.monotonic()
+    """Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved);
+    writes state.pt at the end."""
+    config, board, spent, stop = run.config, open_board(run), run.seconds, False
+    began, started = work_clock(run.device), time.monotonic()
     last_step = min(last_step or math.inf, config.steps or math.inf)
-    bar = tqdm(
-        total=config.steps or None,
-        initial=run.step,
-        unit="step",
-        mininterval=1,
-        disable=not progress or rank() > 0,
-    )
+    hidden = not progress or rank() > 0
+    bar = tqdm(total=config.steps or None, initial=run.step, unit="step", mininterval=1, disable=hidden)
     stream = batches(run)
     with holding(run), stop_flag() as flag:
         while run.progress < 1 and run.step < last_step and not stop:
@@ -319,7 +311,7 @@ def fit(
 
 # %% ../nbs/46_pretrain.ipynb #ffc5a709
 def write_beginning(run):
-    "What the folder of a run has before its first step, or before it goes on; what it was begun with stays on record."
+    "What the folder of a run has before its first step or a resume; the beginning stays on record."
     run.folder.trim_metrics(run.step + 1, "step")
     record = plain(run.config)
     new = run.step == 0 or not all(
@@ -333,7 +325,8 @@ def write_beginning(run):
 
 
 def prepare(config):
-    "A `Pretraining` at its start, or where it left off with `resume`; UserError where it would write over another run."
+    """A `Pretraining` at its start, or where it left off with `resume`. Raises UserError if it would
+    write over another run."""
     run = Pretraining(config)
     if (run.folder.path / "state.pt").exists():
         restore(run)

@@ -7,11 +7,14 @@ __all__ = ['REFERENCE', 'MAY_CHANGE', 'FREE', 'POSITIVE', 'NOT_NEGATIVE', 'Pretr
 
 # %% ../nbs/45_pretrain_settings.ipynb #d9c093b1
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from .core import UserError
+from .plugins import flag_values, load_plugins
 from .recipes import DEFAULTS, recipe_for
 
 # %% ../nbs/45_pretrain_settings.ipynb #d6686720
@@ -22,47 +25,47 @@ class PretrainConfig:
     corpus: Path  # folder with manifest.jsonl and audio/, as dlpo_nb.data and dlpo_nb.ljspeech make it
     out: Path  # folder of the run
     also: str = ""  # another such folder to train on as well; none of it is kept from training
-    validation: str = (
-        ""  # another such folder to validate on; empty: utterances of --corpus are kept for that
-    )
-    arch: str = (
-        "tiny"  # tiny, small, base, large (WaveGrad 2), gradtts-small, gradtts, or a registered policy
-    )
+    # another such folder to validate on; empty: utterances of --corpus are kept for that
+    validation: str = ""
+    # tiny, small, base, large (WaveGrad 2), gradtts-small, gradtts, or a registered policy
+    arch: str = "tiny"
     steps: int = 0  # length of the run in steps (give this or minutes)
-    minutes: float = (
-        0.0  # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)
-    )
+    # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)
+    minutes: float = 0.0
     batch_size: int = 4  # windows per step, of all processes together (WaveGrad 2)
     window_frames: int = 44  # length of a window, in frames of 300 samples (WaveGrad 2)
-    batch_seconds: float = (
-        25.0  # audio per step, of all processes together (voices that hear whole utterances)
-    )
-    optimiser: Literal["muon", "adamw", "adam"] = (
-        "muon"  # what moves the weight matrices; adam: all weights, as released
-    )
+    # audio per step, of all processes together (voices that hear whole utterances)
+    batch_seconds: float = 25.0
+    # what moves the weight matrices; adam: all weights, as released
+    optimiser: Literal["muon", "adamw", "adam"] = "muon"
     lr: float = 1e-3  # peak learning rate of AdamW or Adam
     matrix_lr: float = 0.006  # peak learning rate of Muon
     warmup_steps: int = 300  # steps until the learning rate is at its peak
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # gradient norm above which gradients are scaled down
-    precision: Literal["bfloat16", "float32"] = (
-        "bfloat16"  # what layers compute in; weights and losses are float32
-    )
-    reference: bool = False  # train as the released code does, its faults included; sets its batch, window, optimiser, ... where no flag does
+    # what layers compute in; weights and losses are float32
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    # train as the released code does, its faults included; sets its batch, window, optimiser, ... where
+    # no flag does
+    reference: bool = False
     seed: int = 0  # of the weights, the data order, the noise and the dropout
-    held_out: int = 32  # utterances of the held-out loss: the first of --validation, or kept from training (at most a tenth)
+    # utterances of the held-out loss: the first of --validation, or kept from training (at most a tenth)
+    held_out: int = 32
     log_every: int = 500  # steps between rows of metrics.jsonl, each with a validation
     save_every: int = 1000  # steps between writes of state.pt and base.safetensors
     sample_every: int = 5000  # steps between audio samples in samples/ and TensorBoard (0: none)
-    score: bool = True  # have DNSMOS, and NISQA where its weights are found, judge 16 held-out samples whenever samples are made
+    # have DNSMOS, and NISQA where its weights are found, judge 16 held-out samples whenever samples are
+    # made
+    score: bool = True
     nisqa_weights: str = ""  # path of nisqa.tar; empty: looked up
     workers: int = 0  # processes that read audio ahead
+    # a Python file of yours whose policies and judges are known by name
+    plugin: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     slice_minutes: float = 0.0  # stop after this many minutes by the clock, to go on with --resume (0: never)
     resume: bool = False  # go on from state.pt in the run's folder, where there is one
-    start_from: str = (
-        ""  # a base of the same size whose weights to start from: tiny_base (packaged) or a file
-    )
+    # a base of the same size whose weights to start from: tiny_base (packaged) or a file
+    start_from: str = ""
     threads: int = 0  # CPU threads of a process; 0: as many as torch chooses
     nproc_per_node: int = 1  # processes on each machine, on GPUs one each
     nnodes: int = 1  # machines; start the same command on each
@@ -79,25 +82,25 @@ REFERENCE = dict(
     lr=3e-4,
     precision="float32",
 )
-# what a resumed run may change, with a note of the step, and what it may change without one, since it decides no
-# number; the corpora are compared by content
+# what a resumed run may change, with a note of the step, and what it may change without one, since it
+# decides no number; the corpora are compared by content
 MAY_CHANGE = ("steps", "minutes", "sample_every", "score")
 FREE = (
     "corpus", "also", "validation", "out", "workers", "device", "slice_minutes", "resume", "save_every",
-    "nisqa_weights", "threads", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts",
+    "nisqa_weights", "threads", "plugin", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts",
 )  # fmt: skip
 
 
 POSITIVE = (
-    "batch_size", "window_frames", "batch_seconds", "log_every", "save_every", "held_out", "lr", "matrix_lr", "clip",
-    "nproc_per_node", "nnodes",
+    "batch_size", "window_frames", "batch_seconds", "log_every", "save_every", "held_out", "lr", "matrix_lr",
+    "clip", "nproc_per_node", "nnodes",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "minutes", "slice_minutes", "sample_every", "workers", "warmup_steps", "final_lr", "threads",
     "max_restarts",
 )  # fmt: skip
 
-
+# %% ../nbs/45_pretrain_settings.ipynb #69b11f86
 def arch_of(argv) -> str:
     "What --arch says on a command line; empty if it says nothing."
     for flag, value in zip(argv, [*argv[1:], ""]):
@@ -109,8 +112,7 @@ def arch_of(argv) -> str:
 def parse(argv=None):
     "Settings from the command line."
     argv = list(sys.argv[1:] if argv is None else argv)
-    import tyro
-
+    plugins = load_plugins(flag_values(argv, "plugin"))
     defaults = REFERENCE if "--reference" in argv else DEFAULTS.get(arch_of(argv), {})
     config = tyro.cli(
         PretrainConfig,
@@ -119,12 +121,13 @@ def parse(argv=None):
         default=PretrainConfig(tyro.MISSING, tyro.MISSING, **defaults),
         args=argv,
     )
+    config = replace(config, plugin=tuple(map(str, plugins)))
     check_config(config)
     return config
 
 
 def check_config(config):
-    "UserError where the settings cannot be meant."
+    "Raises UserError if the settings cannot be meant."
     if (config.steps > 0) == (config.minutes > 0):
         raise UserError("give the length of the training as --steps or as --minutes, one of the two")
     for name in POSITIVE:
@@ -137,6 +140,8 @@ def check_config(config):
         raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, where the machines meet")
     if config.batch_size < config.nproc_per_node * config.nnodes:
         raise UserError(
-            f"--batch-size {config.batch_size} is less than the {config.nproc_per_node * config.nnodes} processes; each needs a window"
+            f"--batch-size {config.batch_size} is less than the "
+            f"{config.nproc_per_node * config.nnodes} processes; "
+            "each needs a window"
         )
     recipe_for(config)

@@ -346,7 +346,8 @@ def base():
 
 
 def recorded_batch(ref, size, level=None):
-    """The recorded training batch, made by `window_batch`; its clips go on for a part of a frame, which those of a corpus do not."""
+    """The recorded training batch, made by `window_batch`; its clips go on for a part of a frame,
+    which those of a corpus do not."""
     items, extra = [], integers(2, "ref/wavextra", 1, 300)
     for row, length in enumerate(ref["text_lengths"].tolist()):
         frames = ref["durations"][row, :length].tolist()
@@ -588,7 +589,8 @@ def test_one_process_starts_and_two_go_on(config):
     pretrain(whole)
     fit(prepare(settings), last_step=1)
     before = sorted(p.name for p in config.out.iterdir())
-    flags = "--resume --batch-size 3 --optimiser adamw --lr 1e-4 --precision float32 --log-every 1 --steps 4 --warmup-steps 2".split()
+    flags = "--resume --batch-size 3 --optimiser adamw --lr 1e-4 --precision float32 --log-every 1 --steps 4"
+    flags = f"{flags} --warmup-steps 2".split()
     done = in_two(command(config, *flags))
     assert done.returncode == 0, done.stderr
     environment = json.loads((config.out / "environment.json").read_text())
@@ -627,7 +629,8 @@ def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
         and done.stderr.count("already holds a run") == 1
         and "Traceback" not in done.stderr
     ), done.stderr
-    where = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id again --max-restarts 2 --nproc-per-node 2".split()
+    where = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id again --max-restarts 2"
+    where = f"{where} --nproc-per-node 2".split()
     torchrun = [sys.executable, "-m", "torch.distributed.run", *where, *command(config, "--steps", 1)[1:]]
     done = subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, done.stderr

@@ -7,13 +7,13 @@ Matrices are stored as float16, which halves the file. Commands then know the ba
 import sys
 
 from dlpo_nb.core import PACKAGE, UserError, run_main
-from dlpo_nb.wavegrad2.model import load_wavegrad2
+from dlpo_nb.policies import load_policy
 
 
 def main():
     if len(sys.argv) != 3 or not sys.argv[2].endswith("_base"):
         raise UserError("say python tools/package_base.py FILE NAME, with a NAME that ends in _base")
-    model, path = load_wavegrad2(sys.argv[1]), PACKAGE / "assets" / f"{sys.argv[2]}.safetensors"
+    model, path = load_policy(sys.argv[1]), PACKAGE / "assets" / f"{sys.argv[2]}.safetensors"
     model.save(path, model.metadata, half=True)
     print(
         f"{path}: {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -17,7 +17,7 @@ from dlpo_nb.heldout import measure, speaker_log_mels, synthesise_all
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 from dlpo_nb.text import prompts
-from dlpo_nb.wavegrad2.model import load_wavegrad2
+from dlpo_nb.policies import load_policy
 
 SCHEDULES = ("geometric 25", "geometric 10", "geometric 50", "trailing 25", "trailing 10")
 
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="'SPACING STEPS'")
     args = parser.parse_args()
-    model = load_wavegrad2(base_path(args.checkpoint))
+    model = load_policy(base_path(args.checkpoint))
     texts = prompts("heldout")[: args.texts]
     judges = {"p808": get_reward("dnsmos")}
     if weights := find_nisqa_weights():
