@@ -58,8 +58,10 @@ DID = (
     "used visited wanted washed watched"
 ).split(" ")
 PLACED = (
-    "in the morning|last night|on Monday|next to the river|behind the house|before breakfast|after the game|at the station|"
-    "every day|near the window|under the bridge|on the top shelf|without a word|with both hands|in the rain|twice a week|"
+    "in the morning|last night|on Monday|next to the river|behind the house|before breakfast|"
+    "after the game|at the station|"
+    "every day|near the window|under the bridge|on the top shelf|without a word|"
+    "with both hands|in the rain|twice a week|"
     "all afternoon|for no reason|at the end of the road|on Wednesday|in September|by mistake"
 ).split("|")
 MONTHS = "January February March April May June July August September October November December".split()
@@ -103,7 +105,8 @@ def everyday(draw: random.Random) -> str:
         f"What a {quality} {thing}!",
         f"If it rains, we'll {draw.choice(('stay', 'walk', 'wait', 'eat', 'meet'))} in the {thing}.",
         f"My {thing} was {quality}, but {name}'s was {draw.choice(QUALITIES)}.",
-        f"Room {draw.randint(1, 500)} is on the {draw.choice(('first', 'second', 'third', 'fourth', 'fifth'))} floor.",
+        f"Room {draw.randint(1, 500)} is on the "
+        f"{draw.choice(('first', 'second', 'third', 'fourth', 'fifth'))} floor.",
         f"Who {did} the {quality} {thing} {placed}?",
     ))  # fmt: skip
 
