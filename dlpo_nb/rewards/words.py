@@ -48,6 +48,7 @@ AS_WRITTEN = _rules([  # before the text is read
     (r"(?<=\w)\s*['’]?\bn['’]\s*(?=\w)", " and "),  # rock 'n' roll
     (r"\b(\d+)-\1\b|\b\d(?:-\d){2,}\b", lambda match: match[0].replace("-", " ")),  # 50-50, 9-1-1
     (rf"\b{MONTH} (\d\d?)\b(?![:.]\d|,\d|/)", _ordinal_day),
+    (r"(?<![\w.])[a-z]\.(?: [a-z]\.)+", lambda match: match[0].upper()),  # f. b. i.
     (r"(?<=\d)p\b", " pence"),
     (r"(?<![\w./:])(?<!\d )([a-z]+)/([a-z]+)(?![\w/]|\.\w)", r"\1 \2"),  # either/or
     (r"\bshan['’]?t\b", "shall not"),  # contractions whose apostrophe was left out
