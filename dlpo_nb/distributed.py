@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'all_gather', 'from_first', 'all_reduce_sum', 'shard', 'gather_rows',
            'abort_all', 'on_first_rank', 'under_torchrun', 'kept_store', 'join', 'leave', 'count_stopped',
-           'run_process', 'begun_here', 'write_environment', 'torchrun_options', 'start_processes']
+           'run_process', 'begun_here', 'write_environment', 'torchrun_options', 'open_board', 'start_processes']
 
 # %% ../nbs/04c_distributed.ipynb #a57517dd
 import importlib
@@ -212,6 +212,18 @@ def torchrun_options(config) -> list:
         where += ["--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", str(config.out)]
     count, restarts = str(config.nproc_per_node), str(config.max_restarts)
     return [*where, "--nproc-per-node", count, "--max-restarts", restarts]
+
+
+def open_board(folder, first=None):
+    """A TensorBoard writer in the folder; rows from `first` on are void. None where tensorboard is not installed,
+    and in all but the first process."""
+    if rank() > 0:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first)
 
 # %% ../nbs/04c_distributed.ipynb #efa15f14
 def start_processes(

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_STEPS', 'all_reduce_gradients', 'train_step', 'validation_losses', 'validate', 'sample', 'judges', 'score',
-           'report_samples', 'samples_due', 'write_row', 'report', 'open_board', 'stop_flag', 'ignore_interrupts',
-           'batches', 'sync_clock_and_stop', 'work_clock', 'holding', 'fit', 'write_beginning', 'prepare', 'pretrain',
-           'main']
+           'report_samples', 'samples_due', 'write_row', 'report', 'stop_flag', 'ignore_interrupts', 'batches',
+           'sync_clock_and_stop', 'work_clock', 'holding', 'fit', 'write_beginning', 'prepare', 'pretrain', 'main']
 
 # %% ../nbs/46_pretrain.ipynb #f2287374
 import itertools
@@ -32,8 +31,8 @@ from dlpo_nb.core import (
 )
 from .locks import lock_folder, unlock_folders
 from dlpo_nb.distributed import (
-    all_reduce_sum, on_first_rank, rank, run_process, shard, start_processes, under_torchrun, world_size,
-    write_environment,
+    all_reduce_sum, on_first_rank, open_board, rank, run_process, shard, start_processes, under_torchrun,
+    world_size, write_environment,
 )  # fmt: skip
 from .optimisers import average_decay, learning_rate_factor, released_factor, update_average
 from .policy import draw_noise
@@ -190,18 +189,6 @@ def report(run, board):
     )
     on_first_rank(lambda: write_row(run, board, row))
 
-# %% ../nbs/46_pretrain.ipynb #80493c12
-def open_board(run):
-    "A TensorBoard writer; None where tensorboard is not installed, and in all but the first process."
-    if rank() > 0:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # rows after the state that a resumed run goes on from are void
-    return SummaryWriter(str(run.folder.path / "tensorboard"), purge_step=run.step + 1 if run.step else None)
-
 # %% ../nbs/46_pretrain.ipynb #334c50c3
 @contextmanager
 def stop_flag():
@@ -282,7 +269,8 @@ def fit(
 ):
     """Trains until the run's end, `last_step`, the slice's end or Ctrl-C (KeyboardInterrupt once saved);
     writes state.pt at the end."""
-    config, board, spent, stop = run.config, open_board(run), run.seconds, False
+    config, spent, stop = run.config, run.seconds, False
+    board = open_board(run.folder.path / "tensorboard", run.step + 1 if run.step else None)
     began, started = work_clock(run.device), time.monotonic()
     last_step = min(last_step or math.inf, config.steps or math.inf)
     hidden = not progress or rank() > 0
