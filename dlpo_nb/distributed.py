@@ -215,8 +215,8 @@ def torchrun_options(config) -> list:
 
 
 def open_board(folder, first=None):
-    """A TensorBoard writer in the folder; rows from `first` on are void. None where tensorboard is not installed,
-    and in all but the first process."""
+    """A TensorBoard writer in the folder; rows from `first` on are void. None where tensorboard is not
+    installed, and in all but the first process."""
     if rank() > 0:
         return None
     try:
