@@ -40,18 +40,15 @@ class LJSpeechConfig:
 
     raw: Path  # folder with metadata.csv (id|text per line) and wavs/
     out: Path  # folder of the corpora train, val and test; an unfinished one is completed
-    textgrids: Path | None = (
-        None  # folder with MFA's ID.TextGrid files, at any depth; without it pocketsphinx aligns
-    )
-    lag: float = (
-        LAG  # seconds that pocketsphinx's boundaries are moved by: 0.02 agrees with MFA, 0 with festival
-    )
+    # folder with MFA's ID.TextGrid files, at any depth; without it pocketsphinx aligns
+    textgrids: Path | None = None
+    # seconds that pocketsphinx's boundaries are moved by: 0.02 agrees with MFA, 0 with festival
+    lag: float = LAG
     workers: int = 1  # clips aligned at a time, one process each
     limit: int | None = None  # take only so many lines of metadata.csv
     seed: int = 0  # of the split into train, val and test (LJSpeech itself has a fixed one)
-    keep_unknown: bool = (
-        False  # keep utterances in which the aligner met an unknown word (spn), as the released lists do
-    )
+    # keep utterances in which the aligner met an unknown word (spn), as the released lists do
+    keep_unknown: bool = False
 
 # %% ../nbs/03e_ljspeech.ipynb #74666d69
 class Task(NamedTuple):

@@ -27,9 +27,8 @@ class SayConfig:
     "Speak a sentence with a base: python -m dlpo_nb.say TEXT"
 
     text: tyro.conf.Positional[str]
-    base: str = (
-        "gradtts_small"  # a packaged base (gradtts_small, tiny_base), a .safetensors or a released checkpoint
-    )
+    # a packaged base (gradtts_small, tiny_base), a .safetensors or a released checkpoint
+    base: str = "gradtts_small"
     steps: int = 10  # sampling steps
     seed: int = 0  # of the noise
     out: Path = Path("say.wav")  # .wav, .flac or .mp3

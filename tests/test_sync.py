@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -43,6 +42,7 @@ LATE = {
     "torchaudio": "its native library may not fit torch, see `import_torchaudio`",
     "torch.utils.tensorboard": "a second, for the process that writes",
     "torch.distributed": "its launcher takes half a second, for the command that starts several processes",
+    "distillmos": "seconds, for one judge",
     "hibari": "an optional package",
     "faster_whisper": "an optional package",
 }
@@ -247,20 +247,10 @@ def code_lines(source):
     )
 
 
-# 29 November 2026: rooms that are still being divided; the lists must be empty before a release
-NOT_YET = "25_* 51*".split()
-NOT_YET_TESTS = []
-
-
-def being_divided(notebook):
-    return any(fnmatch(notebook, pattern) for pattern in NOT_YET)
-
-
 def test_export_cells_are_short():
     long = [
         f"{notebook.name}: {count} lines in {source[:60]!r}"
         for notebook in NOTEBOOKS
-        if not being_divided(notebook.name)
         for source in cells(notebook, exported=True)
         if (count := code_lines(source)) > CELL_LINES
     ]
@@ -311,8 +301,6 @@ def test_imports_are_a_tree():
     """What a module imports comes from a notebook with a smaller number, and is imported at the top."""
     known, bad = own_modules(), []
     for module, notebook in known.items():
-        if being_divided(notebook):
-            continue
         for line, name, top in imports(module, known):
             own = name.removeprefix("dlpo_nb.") if name.startswith("dlpo_nb.") else None
             if own is not None and known[own] >= notebook:
@@ -327,15 +315,11 @@ def test_lines_are_short():
     texts = {
         f"{notebook.name}, cell {number}": cell
         for notebook in NOTEBOOKS
-        if not being_divided(notebook.name)
         for number, cell in enumerate(cells(notebook))
     }
-    modules = [path_of(module) for module, notebook in own_modules().items() if not being_divided(notebook)]
+    modules = [path_of(module) for module in own_modules()]
     written = [path for folder in ("tests", "tools") for path in (ROOT / folder).rglob("*.py")]
-    being_done = {f"test_{name}.py" for name in NOT_YET_TESTS}
-    for path in [*modules, *written]:
-        if path.name not in being_done:
-            texts[label(path)] = path.read_text(encoding="utf-8")
+    texts |= {label(path): path.read_text(encoding="utf-8") for path in [*modules, *written]}
     bad = [
         f"{place}:{number}: {len(line)} columns"
         for place, text in texts.items()
@@ -345,11 +329,21 @@ def test_lines_are_short():
     assert not bad
 
 
+def test_comments_of_settings_are_help():
+    """A comment beside a field or above it is the help of its flag; inside brackets nobody finds it."""
+    bad = [
+        f"{module}: {match[1]}"
+        for module in own_modules()
+        for match in re.finditer(
+            r"^    (\w+): [^\n]+ = \(\n[^\n]*#", path_of(module).read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ]
+    assert not bad
+
+
 def test_functions_and_modules_are_short():
     bad = []
-    for module, notebook in own_modules().items():
-        if being_divided(notebook):
-            continue
+    for module in own_modules():
         text = path_of(module).read_text(encoding="utf-8")
         if (lines := text.count("\n")) > MODULE_LINES:
             bad.append(f"{module}: {lines} lines")
