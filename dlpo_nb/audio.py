@@ -136,6 +136,8 @@ def sound_faults(audio, sample_rate=SAMPLE_RATE) -> dict:
         faults["silence"] = (
             "it is digital silence"
             if not audio.any()
+            else f"it lasts {len(audio) / sample_rate:.3g} s, and 0.1 s of sound is the least"
+            if len(audio) < SHORTEST_SOUND * FRAME * sample_rate
             else f"it is silent: its loudest 20 ms have {levels.max():.0f} dBFS, {SILENCE:.0f} for 0.1 s "
             "are needed"
         )

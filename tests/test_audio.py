@@ -268,3 +268,8 @@ def test_the_reported_recordings_are_named(shared):
     ]:
         with pytest.warns(SoundWarning, match=f"{name}.wav: .*{words}"):
             read_audio(folder / f"{name}.wav")
+
+
+def test_a_short_sound_is_short_and_not_silent():
+    sine = torch.sin(torch.arange(2205) / 20) / 4
+    assert "lasts 0.0136 s" in sound_faults(sine[:300])["silence"] and "silence" not in sound_faults(sine)
