@@ -87,10 +87,12 @@ def _check_row(row, folder, sample_rate=SAMPLE_RATE):
             f"is not an utterance; each phone needs its frames, and samples = {HOP} x frames"
         )
     if (rate := row.get("sample_rate", SAMPLE_RATE)) != sample_rate:
-        raise UserError(
-            f"the corpus in {folder} is at {rate} Hz, the model hears {sample_rate}; "
+        again = (
             f"make it again with --sample-rate {sample_rate}"
+            if sample_rate in (SAMPLE_RATE, 24000)
+            else "corpora are made at 22050 Hz, or by hibari at 24000: give the model one of these rates"
         )
+        raise UserError(f"the corpus in {folder} is at {rate} Hz, the model hears {sample_rate}; {again}")
 
 # %% ../nbs/03_corpus.ipynb #217e1f1a
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Loop:
                     loss = self.objective(piece.replay)
                     gradients.add(loss, piece.weight)
                     log.add(piece.weight, loss.total, loss.stats | piece.stats)
-                if penalty is None:
+                if penalty is None:  # once, like the rewards: later epochs keep it
                     penalty = in_reward_penalty(self, rollouts, log)  # (batch,), or None
                 for trajectory in rollouts if "policy" in self.objective.needs else []:
                     for step in range(len(trajectory.steps)):
@@ -80,6 +80,7 @@ class Loop:
             check_norm(norm, e)
             stats = log.means()
             norms = gradients.norms() | {"grad_norm": float(norm)}
+            # kept of the first epoch only, whose weights are those that spoke
             first = first or stats | self.watch(rollouts, stats, e) | norms
             self.optimiser.step()
         return first | {name: value for name, value in stats.items() if name.startswith("ratio/")}

@@ -20,6 +20,7 @@ from .config import FinetuneConfig, applicable, from_flags, renamed
 from .core import UserError, base_path, fingerprint, in_force, plain, record_changes
 from .distributed import world_size
 from .plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
+from .rewards import REWARDS
 
 # %% ../nbs/42_settings.ipynb #6da5cf86
 @dataclass
@@ -147,7 +148,8 @@ def parse(argv=None):
     if out and "--resume" in argv:
         plugins = load_plugins(run_plugins(out[-1], plugins))
         preset, stored = stored_config(out[-1])
-        config = read_flags(argv, stored.flat())  # what the command does not say stays as it was
+        kept = stored.flat() | {"plugin": tuple(stored.plugin)}  # a list in the file
+        config = read_flags(argv, kept)  # what the command does not say stays as it was
         check_resumed(stored, config)
     else:
         plugins = load_plugins(plugins)
@@ -159,7 +161,8 @@ def parse(argv=None):
 
 def read_flags(argv, defaults):
     "Settings from flags on top of flat defaults."
-    return from_flags(LaunchConfig, argv, defaults, "python -m dlpo_nb.launch", MANUAL)
+    manual = f"{MANUAL}\nrewards by name: {', '.join(REWARDS.names())}"  # those of plug-ins, too
+    return from_flags(LaunchConfig, argv, defaults, "python -m dlpo_nb.launch", manual)
 
 
 def stored_config(out):

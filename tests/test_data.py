@@ -233,6 +233,8 @@ def test_load_corpus(data):
     assert corpus.frames == [item.samples // 300 for item in corpus]
     assert corpus[2:4][0].audio.base is corpus[0].audio.base and corpus[2:4].hours < corpus.hours
     assert all(np.abs(item.audio.astype(int)).max() > 16000 for item in corpus)
+    with pytest.raises(UserError, match="the model hears 16000; corpora are made at 22050 Hz"):
+        load_corpus(data / "corpus_tiny", 16000)  # no --sample-rate of a command makes that
 
 
 def test_a_large_corpus_stays_on_disk(data, tmp_path, monkeypatch):

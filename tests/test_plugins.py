@@ -106,7 +106,7 @@ def test_a_run_knows_its_plug_ins_when_it_is_resumed(begun):
     before = record(folder / "run")["plugin_content"]
     (folder / "my.py").write_text(MINE.format("") + "\n# changed since\n")
     done = run(folder, "launch", "--out", "run", "--resume", "--episodes", 2, "--mood", "calm")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "UserWarning" not in done.stderr, done.stderr
     (change,) = record(folder / "run")["changes"]
     assert len(rows(folder / "run")) == 2 and change["episode"] == 1
     assert change["plugin_content"].keys() == before.keys() and change["plugin_content"] != before
@@ -243,6 +243,7 @@ def test_options_of_an_objective_are_in_the_help(registries, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse([f"--plugin={tmp_path / 'my.py'}", "--help"])
     printed = capsys.readouterr().out
+    assert "dnsmos" in printed.split("rewards by name: ")[1] and "h_bright" in printed
     for words in ("h_patient", "--h-patience INT", "divides the advantages", "{calm,cross}", "--plugin STR"):
         assert words in printed
 
