@@ -148,8 +148,7 @@ def parse(argv=None):
     if out and "--resume" in argv:
         plugins = load_plugins(run_plugins(out[-1], plugins))
         preset, stored = stored_config(out[-1])
-        kept = stored.flat() | {"plugin": tuple(stored.plugin)}  # a list in the file
-        config = read_flags(argv, kept)  # what the command does not say stays as it was
+        config = read_flags(argv, stored.flat())  # what the command does not say stays as it was
         check_resumed(stored, config)
     else:
         plugins = load_plugins(plugins)
