@@ -11,8 +11,8 @@ from dlpo_nb.policies import load_policy
 
 
 def main():
-    if len(sys.argv) != 3 or not sys.argv[2].endswith("_base"):
-        raise UserError("say python tools/package_base.py FILE NAME, with a NAME that ends in _base")
+    if len(sys.argv) != 3 or not sys.argv[2].isidentifier():
+        raise UserError("say python tools/package_base.py FILE NAME, with a NAME such as small_base")
     model, path = load_policy(sys.argv[1]), PACKAGE / "assets" / f"{sys.argv[2]}.safetensors"
     model.save(path, model.metadata, half=True)
     print(
