@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .audio import write_audio
+from .audio import SoundWarning, write_audio
 from dlpo_nb.core import (
     UserError,
     keyed_generator,
@@ -137,10 +138,10 @@ def score(run, audio):
     lengths = torch.tensor([len(a) for a in audio])
     padded = torch.nn.utils.rnn.pad_sequence(audio, batch_first=True)
     texts = [item.text for item in run.held_out[: len(audio)]]
-    return {
-        name: judge(padded, lengths, run.model.sample_rate, texts).mean().item()
-        for name, judge in judges(run.config).items()
-    }
+    heard = padded, lengths, run.model.sample_rate, texts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoundWarning)  # what is not trained yet may sound like anything
+        return {name: judge(*heard).mean().item() for name, judge in judges(run.config).items()}
 
 
 def report_samples(run, board):

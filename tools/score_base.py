@@ -1,8 +1,8 @@
 """Scores of a base by number of sampling steps: `python tools/score_base.py [CHECKPOINT] [--out FILE]`.
 
 The 64 standard held-out texts, one noise seed: DNSMOS p808, Distill-MOS, NISQA (where its weights are found),
-the pooled word error rate of Whisper tiny.en (where it is installed), level, noise floor, and for the voice of
-the packaged WaveGrad 2 the distance to its speaker.
+the pooled word error rate of Whisper tiny.en (where it is installed), level, noise floor, and for the voice
+of the packaged WaveGrad 2 the distance to its speaker.
 """
 
 import argparse
