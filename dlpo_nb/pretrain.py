@@ -37,7 +37,7 @@ from dlpo_nb.distributed import (
 )  # fmt: skip
 from .optimisers import average_decay, learning_rate_factor, released_factor, update_average
 from .policy import draw_noise
-from .pretrain_settings import FREE, MAY_CHANGE, parse
+from .pretrain_settings import UNRECORDED, MAY_CHANGE, parse
 from .rewards.dnsmos import DNSMOS, network_path
 from .rewards.nisqa import NISQA, find_nisqa_weights
 from .training_run import Pretraining, check_folder, mean_losses, restore, save
@@ -308,7 +308,7 @@ def write_beginning(run):
     )
     write_environment(run.folder, new, step=run.step)
     if not new:
-        free = {name: record[name] for name in FREE if name != "resume"}
+        free = {name: record[name] for name in UNRECORDED if name != "resume"}
         record = record_changes(run.folder.read_json("config.json"), record, MAY_CHANGE, step=run.step) | free
     run.folder.write_json("config.json", record)
 

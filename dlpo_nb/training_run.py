@@ -22,7 +22,7 @@ from .distributed import begun_here, join, on_first_rank, world_size
 from .locks import lock_folder
 from .optimisers import make_optimisers
 from .policy import load_policy
-from .pretrain_settings import FREE, MAY_CHANGE, check_config
+from .pretrain_settings import UNRECORDED, MAY_CHANGE, check_config
 from .recipes import fill_unseen_stress, recipe_for
 
 # %% ../nbs/45a_training_run.ipynb #16cd5985
@@ -175,7 +175,7 @@ def restore(run):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         old, now = state["config"], plain(run.config)
-        differ = [k for k in now if k not in {*MAY_CHANGE, *FREE} and old.get(k) != now[k]]
+        differ = [k for k in now if k not in {*MAY_CHANGE, *UNRECORDED} and old.get(k) != now[k]]
         if differ:
             k = differ[0]
             raise UserError(

@@ -379,3 +379,9 @@ def test_bfloat16_sees_the_weights_of_each_step():
     the second inner epoch must not compute with those of the first."""
     metrics = make_tuner(inner_epochs=2, learning_rate=1e-2, precision="bfloat16").episode()
     assert metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0
+
+
+def test_a_method_that_is_defined_again_keeps_its_name(monkeypatch):
+    """As when the cell of its notebook is run after the library was imported."""
+    monkeypatch.setitem(OBJECTIVES.entries, "dlpo", type("DLPO", (), {}))
+    assert FinetuneConfig().method == "dlpo"
