@@ -89,7 +89,7 @@ def validation_losses(run, policy, items, rows):
         draws = [keyed_generator("validation", step, row) for row in rows]
         level = schedule.levels[step - 1].float().expand(len(items), 1).to(run.device)
         noisy = batch | dict(noise=draw_noise(sizes.tolist(), draws, run.device), level=level)
-        denoising, *others = recipe.losses(policy, noisy)
+        denoising, *others = recipe.losses(policy, noisy, held_out=True)
         losses.append(denoising.item())
     weights = [numbers] * len(VALIDATION_STEPS) + [
         symbols if p == "duration" else numbers for p in recipe.parts[1:]

@@ -48,7 +48,7 @@ class Recipe(ABC):
         "A step's number to its batch in this process: tensors by name, with `level` (b, 1), `noise` (b, N)."
 
     @abstractmethod
-    def losses(self, policy, batch) -> tuple:
+    def losses(self, policy, batch, held_out=False) -> tuple:
         "The parts, 0-d each: what the rows of `batch` add to the means over the whole batch."
 
     @abstractmethod
@@ -77,8 +77,8 @@ class WindowRecipe(Recipe):
     def steps(self, policy, items):
         return Windows(self.config, items, policy.hop, shard(range(self.config.batch_size)))
 
-    def losses(self, policy, batch):
-        return batch_losses(policy, batch, self.config.precision, self.config.reference and policy.training)
+    def losses(self, policy, batch, held_out=False):
+        return batch_losses(policy, batch, self.config.precision, self.config.reference and not held_out)
 
     def held_out(self, policy, items):
         batch = window_batch(items, [0] * len(items), 64, policy.hop)
@@ -176,7 +176,7 @@ class UtteranceRecipe(Recipe):
         wanted = self.config.precision == "bfloat16"
         return torch.autocast(batch["noise"].device.type, torch.bfloat16, enabled=wanted)
 
-    def losses(self, policy, batch):
+    def losses(self, policy, batch, held_out=False):
         states, symbols = batch["share"].tolist()
         shares = [symbols if name == "duration" else states for name in self.parts]
         return tuple(share * part.float() for share, part in zip(shares, self.means(policy, batch)))

@@ -25,6 +25,7 @@ from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.optimisers import make_optimisers
 from dlpo_nb.pretrain import fit, prepare, pretrain, train_step, validate
 from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
+from dlpo_nb.recipes import recipe_for
 from dlpo_nb.training_run import Pretraining, first_model
 from dlpo_nb.wavegrad2.training import Windows, batch_losses, draw_start, new_model, window_batch
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
@@ -372,7 +373,7 @@ def test_losses_are_those_of_the_released_trainer(base, ref, size):
 
 def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(base, ref, config, monkeypatch):
     settings = replace(config, **REFERENCE | dict(clip=1e9, batch_size=2))
-    monkeypatch.setattr(module, "first_model", lambda config: base)
+    monkeypatch.setattr("dlpo_nb.training_run.first_model", lambda *arguments: base)
     run = Pretraining(settings)
     run.model.eval()  # as recorded: no dropout, fixed norms
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
@@ -462,7 +463,7 @@ def test_bfloat16_trains_with_float32_losses_and_weights(config):
 def test_held_out_loss_is_a_mean_over_utterances_whatever_the_chunks(config):
     run = Pretraining(replace(config, validation=str(CORPUS), held_out=5, precision="float32"))
     assert len(run.items) == 6 and len(run.held_out) == 5
-    together, apart = validate(run, frames=20), validate(run, frames=20, at_once=2)
+    together, apart = validate(run), validate(run, at_once=2)
     assert list(together) == ["16", "80", "250", "550", "850", "duration"]
     assert together == pytest.approx(apart, rel=1e-5)
 
@@ -576,7 +577,8 @@ def test_two_processes_are_one_in_float64(config, tmp_path):
     pretrain_process.train(settings | dict(out=str(tmp_path / "one")))
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
     assert (one["sums"] - two["sums"]).abs().max() < 1e-6
-    start = first_model(PretrainConfig(CORPUS, tmp_path, steps=1)).state_dict()
+    fresh = PretrainConfig(CORPUS, tmp_path, steps=1)
+    start = first_model(fresh, recipe_for(fresh), []).state_dict()
     for part in ("model", "average"):
         for key, value in one[part].items():
             assert (value.double() - two[part][key].double()).abs().max() < 1e-10, key
@@ -701,8 +703,8 @@ def test_what_ends_two_processes_is_said_once(config):
 def test_start_from_a_base(tmp_path):
     config = PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, start_from="tiny_base")
     base = load_wavegrad2(asset("tiny_base.safetensors")).state_dict()
-    assert all(torch.equal(v, base[k]) for k, v in first_model(config).state_dict().items())
+    begun = first_model(config, recipe_for(config), [])
+    assert all(torch.equal(v, base[k]) for k, v in begun.state_dict().items())
+    other = replace(config, arch="small")
     with pytest.raises(UserError, match="--arch small"):
-        first_model(
-            PretrainConfig(corpus=tmp_path, out=tmp_path, steps=1, arch="small", start_from="tiny_base")
-        )
+        first_model(other, recipe_for(other), [])
