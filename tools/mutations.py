@@ -82,8 +82,8 @@ MUTATIONS = [  # what is broken, file, line part, what it becomes
     (
         "advantage of the wrong rows",
         "finetune.py",
-        "Replay(advantages[t.rows], log_prob",
-        "Replay(advantages.flip(0)[t.rows], log_prob",
+        "        advantages[t.rows],\n",
+        "        advantages.flip(0)[t.rows],\n",
     ),
     (
         "weight of a micro-batch",
