@@ -207,7 +207,7 @@ def test_forked_children_have_no_part_in_a_lock(tmp_path):
     child = int(parent.stdout.readline())
     parent.wait()
     try:
-        lock_folder(tmp_path)
+        lock_folder(tmp_path, patience=30)  # until the child has run: it gives up the lock first of all
     finally:
         unlock_folders()
         os.kill(child, 9)

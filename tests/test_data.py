@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -177,15 +178,7 @@ def test_missing_festival_says_what_to_install(tmp_path, monkeypatch, fake_festi
 
 @pytest.mark.smoke
 def test_command_line(tmp_path):
-    def run(*flags, **env):
-        return subprocess.run(
-            [sys.executable, "-m", "dlpo_nb.data", *flags],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **env},
-            cwd=Path(__file__).resolve().parents[1],
-        )
-
+    run = partial(commands.run, "data")
     texts = write_texts(tmp_path / "t.txt", ["Hello."])
     missing = run("--texts", str(texts), "--out", str(tmp_path / "c"), PATH=str(tmp_path))
     assert (

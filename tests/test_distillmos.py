@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ import torch
 from dlpo_nb.audio import read_audio
 from dlpo_nb.core import UserError
 from dlpo_nb.evaluate import main as evaluate
-from dlpo_nb.rewards import distillmos as module
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.distillmos import (
     FEATURES,
@@ -274,13 +274,7 @@ def test_evaluate_judges_with_it(speech, judge, data, tmp_path, monkeypatch, cap
 
 def test_a_run_is_paid_by_it(tmp_path):
     flags = "--reward distillmos --episodes 1 --batch-size 2 --group-size 2 --heldout 2 --threads 1"
-    done = subprocess.run(
-        [sys.executable, "-m", "dlpo_nb.launch", *flags.split(), "--out", "run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = commands.run("launch", *flags.split(), "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 1 < summary["evaluation"]["metrics"]["distillmos"]["base"] < 5

@@ -6,12 +6,12 @@ import io
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 import soundfile
@@ -251,9 +251,7 @@ def test_the_speakers_own_reading():
 # `python -m dlpo_nb.evaluate`
 
 
-def evaluate(*flags, cwd=ROOT):
-    command = [sys.executable, "-m", "dlpo_nb.evaluate", *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+evaluate = partial(commands.run, "evaluate")
 
 
 def said(done):

@@ -4,11 +4,9 @@ needs it is skipped."""
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 
@@ -245,25 +243,8 @@ def test_a_corpus_for_wavegrad(tmp_path):
 @needs_voice
 def test_command_line(tmp_path):
     (tmp_path / "t.txt").write_text("The lamp is broken.\nPass me the salt.\n", encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "dlpo_nb.data",
-            "--voice",
-            "hibari",
-            "--sample-rate",
-            "24000",
-            "--texts",
-            str(tmp_path / "t.txt"),
-            "--out",
-            str(tmp_path / "c"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    flags = ["--voice", "hibari", "--sample-rate", 24000, "--texts", tmp_path / "t.txt"]
+    done = commands.run("data", *flags, "--out", tmp_path / "c")
     assert done.returncode == 0, done.stderr
     assert "2 utterances, 0 texts" in done.stdout and len(load_corpus(tmp_path / "c", sample_rate=24000)) == 2
 

@@ -1,11 +1,12 @@
 """The command line: a whole run, resuming, and one clear sentence for everything that can be wrong."""
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -22,12 +23,8 @@ from dlpo_nb.rewards.wer import WER
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
+launch = partial(commands.run, "launch")
 TINY = ["--batch-size", "2", "--group-size", "2", "--heldout", "2", "--threads", "1"]
-
-
-def launch(*flags, cwd=ROOT):
-    command = [sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@ and odd settings."""
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import soundfile
@@ -414,16 +414,6 @@ def test_nothing_usable_is_an_error(spoken, tmp_path):
         make_ljspeech(LJSpeechConfig(raw, tmp_path / "c"), progress=False)
 
 
-def run(*words):
-    return subprocess.run(
-        [sys.executable, "-m", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_killed_and_started_again(spoken, tmp_path):
     raw, out = (
         raw_folder(
@@ -450,15 +440,14 @@ def test_killed_and_started_again(spoken, tmp_path):
 
 
 def test_from_raw_folder_to_an_epoch(reader, tmp_path):
-    made = run("dlpo_nb.ljspeech", str(reader), str(tmp_path / "c"), "--limit", "4")
+    made = commands.run("ljspeech", reader, tmp_path / "c", "--limit", "4")
     assert made.returncode == 0 and made.stdout.startswith("train: 4 utterances (0.01 h), val: 0"), (
         made.stderr
     )
     flags = "--arch tiny --steps 2 --batch-size 2 --window-frames 16 --held-out 1"
     flags = f"{flags} --log-every 2 --sample-every 0".split()
-    trained = run(
-        "dlpo_nb.pretrain", "--corpus", str(tmp_path / "c" / "train"), "--out", str(tmp_path / "run"), *flags
-    )
+    corpus = ["--corpus", tmp_path / "c" / "train"]
+    trained = commands.run("pretrain", *corpus, "--out", tmp_path / "run", *flags)
     assert trained.returncode == 0, trained.stderr
     row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
     assert (
@@ -470,7 +459,7 @@ def test_from_raw_folder_to_an_epoch(reader, tmp_path):
 
 @pytest.mark.smoke
 def test_command_line_says_what_is_wrong(tmp_path):
-    done = run("dlpo_nb.ljspeech", str(tmp_path), str(tmp_path / "c"))
+    done = commands.run("ljspeech", tmp_path, tmp_path / "c")
     assert (
         done.returncode == 2
         and done.stderr.startswith("error: cannot read")

@@ -2,11 +2,9 @@
 outside the checkout, in a folder with nothing else."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 import soundfile
 from toy_mel import make_toy_mel
@@ -64,9 +62,7 @@ SHORT = [
 
 def run(folder, module, *flags):
     """A command as a user gives it, in a folder outside the checkout."""
-    command = [sys.executable, "-m", f"dlpo_nb.{module}", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    return commands.run(module, *flags, cwd=folder)
 
 
 def record(folder):

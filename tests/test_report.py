@@ -1,11 +1,10 @@
 """What a report must survive: unfinished and damaged runs, hostile texts, long recordings."""
 
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -205,9 +204,7 @@ def test_the_command(tmp_path, capsys):
     path = make_run(tmp_path / "run")
     main([str(path), "--out", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html") and checked(tmp_path / "page.html")
-    bad = subprocess.run(
-        [sys.executable, "-m", "dlpo_nb.report", str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
+    bad = commands.run("report", tmp_path)
     assert bad.returncode == 2 and bad.stderr.startswith("error: ") and "Traceback" not in bad.stderr
     with pytest.raises(UserError, match="no run given"):
         main([])
