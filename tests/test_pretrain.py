@@ -243,6 +243,20 @@ def test_a_training_that_is_under_way_is_left_alone(config):
     assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
+def test_a_resumed_training_knows_its_settings(config):
+    """The folder is enough; another length may be in the other unit; what was changed since holds."""
+    fit(prepare(replace(config, seed=3, window_frames=20)), last_step=1)
+    words = ["--out", str(config.out), "--resume"]
+    again = parse(words)
+    assert replace(again, resume=False, corpus=config.corpus) == replace(config, seed=3, window_frames=20)
+    assert again.corpus == Path(config.corpus) and parse([*words, "--steps", "9"]).steps == 9
+    longer = parse([*words, "--minutes", "5", "--log-every", "7"])
+    assert (longer.steps, longer.minutes, longer.log_every, longer.seed) == (0, 5.0, 7, 3)
+    (config.out / "config.json").write_text('{"preset": "tiny"}')
+    with pytest.raises(UserError, match="not the record of a training"):
+        parse(words)
+
+
 def test_resume_without_a_state_starts(config):
     assert pretrain(replace(config, steps=1, resume=True)).step == 1
 
