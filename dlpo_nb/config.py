@@ -199,8 +199,7 @@ def check_denoising(c):
         raise UserError(
             "--denoising-levels grid needs --denoising-steps of at least 2 (the released code uses 11)."
         )
-    recorded = "denoising" in c.objective.needs and c.objective.denoising_source == "data"
-    if c.duration_weight and not (recorded and c.trainable == "all"):
+    if c.duration_weight and not (c.objective.needs_recordings and c.trainable == "all"):
         raise UserError(
             "--duration-weight needs recorded durations and a trained predictor: "
             "a method with --denoising-source data, "

@@ -40,11 +40,12 @@ class Gradients:
         for name in sorted(set().union(*all_gather(list(self.parts)))):
             self.parts[name] = all_reduce_sum(self.part(name))
 
-    def assign(self):
-        "Make their sum the parameters' gradient."
+    def clip(self, max_norm: float) -> dict:
+        "Make their sum, shortened to `max_norm` where it is longer, the parameters' gradient; returns `norms`."
         total = self.part("policy") + self.part("penalty")
         for p, grad in zip(self.parameters, total.split([p.numel() for p in self.parameters])):
             p.grad = grad.view_as(p).clone()
+        return self.norms() | {"grad_norm": float(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm))}
 
     def norms(self) -> dict:
         "Norms of the two parts, and the cosine between them (0 if one is missing)."

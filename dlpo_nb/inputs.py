@@ -77,8 +77,7 @@ def load_recordings(config, policy):
     """The recorded speech on which the denoising loss is taken, or watched where the method does not take it;
     None if the packaged one does not fit the policy and the method needs none."""
     packaged, fits = config.corpus == "packaged", policy.sample_rate == SAMPLE_RATE
-    needed = "denoising" in config.objective.needs and config.objective.denoising_source == "data"
-    if packaged and not fits and not needed:
+    if packaged and not fits and not config.objective.needs_recordings:
         return None
     return load_corpus(asset("speech_train") if packaged else config.corpus, policy.sample_rate)
 

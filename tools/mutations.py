@@ -76,14 +76,14 @@ MUTATIONS = [  # what is broken, file, line part, what it becomes
     (
         "penalty of the wrong group",
         "finetune.py",
-        "None if penalty is None else penalty[t.rows]",
-        "None if penalty is None else penalty.flip(0)[t.rows]",
+        "None if batch.penalty is None else batch.penalty[t.rows]",
+        "None if batch.penalty is None else batch.penalty.flip(0)[t.rows]",
     ),
     (
         "advantage of the wrong rows",
         "finetune.py",
-        "        advantages[t.rows],\n",
-        "        advantages.flip(0)[t.rows],\n",
+        "        batch.advantages[t.rows],\n",
+        "        batch.advantages.flip(0)[t.rows],\n",
     ),
     (
         "weight of a micro-batch",

@@ -222,6 +222,11 @@ class Objective:
     def __post_init__(self):
         check_fields(self, self.above_zero, self.at_least_one)
 
+    @property
+    def needs_recordings(self) -> bool:
+        "Whether D is taken on recorded speech."
+        return "denoising" in self.needs and self.denoising_source == "data"
+
     def fit(self, loop):
         """The objective with what it left open filled in from the loop's settings.
         Raises UserError if the two contradict each other."""
