@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['BOARD', 'PATIENCE', 'rank', 'world_size', 'all_gather', 'from_first', 'all_reduce_sum', 'shard', 'gather_rows',
            'abort_all', 'on_first_rank', 'under_torchrun', 'kept_store', 'join', 'leave', 'count_stopped',
-           'run_process', 'begun_here', 'write_environment', 'torchrun_options', 'open_board', 'start_processes']
+           'run_process', 'begun_here', 'write_environment', 'torchrun_options', 'torchrun_command', 'open_board',
+           'start_processes']
 
 # %% ../nbs/04c_distributed.ipynb #a57517dd
 import importlib
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -212,6 +214,12 @@ def torchrun_options(config) -> list:
         where += ["--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", str(config.out)]
     count, restarts = str(config.nproc_per_node), str(config.max_restarts)
     return [*where, "--nproc-per-node", count, "--max-restarts", restarts]
+
+
+def torchrun_command(*program, processes: int = 2) -> list:
+    "The command that runs a script, or -m and a module, in several processes of this machine."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return [*map(str, command), *map(str, program)]
 
 
 def open_board(folder, first=None):

@@ -41,7 +41,7 @@ class Gradients:
             self.parts[name] = all_reduce_sum(self.part(name))
 
     def clip(self, max_norm: float) -> dict:
-        "Make their sum, shortened to `max_norm` where it is longer, the parameters' gradient; returns `norms`."
+        "Make their sum the parameters' gradient, at most `max_norm` long; returns all norms."
         total = self.part("policy") + self.part("penalty")
         for p, grad in zip(self.parameters, total.split([p.numel() for p in self.parameters])):
             p.grad = grad.view_as(p).clone()

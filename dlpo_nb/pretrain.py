@@ -35,7 +35,7 @@ from dlpo_nb.distributed import (
     all_reduce_sum, on_first_rank, open_board, rank, run_process, shard, start_processes, under_torchrun,
     world_size, write_environment,
 )  # fmt: skip
-from .optimisers import average_decay, learning_rate_factor, released_factor, update_average
+from .optimisers import ema_decay, learning_rate_factor, released_factor, update_ema
 from .policy import draw_noise
 from .pretrain_settings import UNRECORDED, MAY_CHANGE, parse
 from .rewards.dnsmos import DNSMOS, network_path
@@ -71,7 +71,7 @@ def train_step(run, batch):
         optimiser.step()
     run.step += 1
     # as released: 0.999 of the new weights
-    update_average(run.average, run.model, 0.001 if config.reference else average_decay(run.step))
+    update_ema(run.ema, run.model, 0.001 if config.reference else ema_decay(run.step))
     losses = all_reduce_sum(torch.stack([part.detach() for part in losses]))
     run.sums += torch.cat([losses, torch.stack([norm, torch.ones_like(norm)])])
 
@@ -103,7 +103,7 @@ def validate(run, at_once=32):
     names = [*map(str, VALIDATION_STEPS), *run.recipe.parts[1:]]
     rows, sums = shard(range(len(run.held_out))), torch.zeros(2, len(names), dtype=torch.float64)
     for some in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
-        means, weights = validation_losses(run, run.average, [run.held_out[row] for row in some], some)
+        means, weights = validation_losses(run, run.ema, [run.held_out[row] for row in some], some)
         sums += torch.stack([means * weights, weights])
     total, counts = all_reduce_sum(sums)
     return dict(zip(names, (total / counts).tolist()))
@@ -112,12 +112,12 @@ def validate(run, at_once=32):
 @torch.no_grad()
 def sample(run, count=2):
     "Speech of `count` held-out utterances by the averaged model, (N,) each; the same noise every time."
-    schedule = run.average.training_schedule().respaced(*run.recipe.sampling)
+    schedule = run.ema.training_schedule().respaced(*run.recipe.sampling)
     draw = keyed_generator(run.config.seed, "sample", device=run.device)
     items = run.held_out[:count]
-    known = run.recipe.symbol_table(run.average) is not None
+    known = run.recipe.symbol_table(run.ema) is not None
     texts = [item.ids if known else item.text for item in items]
-    return [audio.cpu() for audio in run.average.synthesise(texts, schedule, generator=draw)]
+    return [audio.cpu() for audio in run.ema.synthesise(texts, schedule, generator=draw)]
 
 
 def judges(config):
@@ -242,9 +242,9 @@ def sync_clock_and_stop(
     asked,  # this process was asked to stop
 ):
     "Sets the run's seconds to those of the first process; returns whether any process was asked to stop."
-    told = all_reduce_sum(torch.tensor([seconds if rank() == 0 else 0.0, asked], dtype=torch.float64))
-    run.seconds = told[0].item()
-    return told[1].item() > 0
+    sums = all_reduce_sum(torch.tensor([seconds if rank() == 0 else 0.0, asked], dtype=torch.float64))
+    run.seconds = sums[0].item()
+    return sums[1].item() > 0
 
 
 def work_clock(device) -> float:

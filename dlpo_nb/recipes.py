@@ -162,9 +162,9 @@ class UtteranceRecipe(Recipe):
         "The rows of this process of a training step on `items`."
         c, rows = self.config, torch.tensor(shard(range(len(items))))
         draws = [keyed_generator(c.seed, "pretrain", step, row) for row in range(len(items))]
-        whole = self.inputs(policy, items)
-        share = [whole[name][rows].sum().double() / whole[name].sum() for name in ("sizes", "lengths")]
-        batch = {name: value[rows] for name, value in whole.items()}
+        inputs = self.inputs(policy, items)
+        share = [inputs[name][rows].sum().double() / inputs[name].sum() for name in ("sizes", "lengths")]
+        batch = {name: value[rows] for name, value in inputs.items()}
         levels = stratified_levels(
             len(items), policy.training_schedule(), keyed_generator(c.seed, "levels", step)
         )
@@ -184,14 +184,14 @@ class UtteranceRecipe(Recipe):
     def means(self, policy, batch):
         "The parts as means over these rows."
         with self.autocast(batch):
-            said = policy.condition(batch["ids"], batch["lengths"], batch["durations"])
-        size = round(int(said.frames.max()) * policy.sample_rate / policy.frame_rate)  # of these rows
-        x_0 = policy.analyse(batch["audio"][:, :size], said).detach()
-        mask = state_mask(said.frames, policy.width)
-        noisy = batch["level"], batch["noise"], mask, said.frames
+            conditioning = policy.condition(batch["ids"], batch["lengths"], batch["durations"])
+        size = round(int(conditioning.frames.max()) * policy.sample_rate / policy.frame_rate)  # of these rows
+        x_0 = policy.analyse(batch["audio"][:, :size], conditioning).detach()
+        mask = state_mask(conditioning.frames, policy.width)
+        noisy = batch["level"], batch["noise"], mask, conditioning.frames
         with self.autocast(batch):
-            denoising = denoising_loss(policy, x_0, said.hidden, *noisy)
-        durations = policy.duration_loss(said, batch["durations"]) * batch["lengths"]
+            denoising = denoising_loss(policy, x_0, conditioning.hidden, *noisy)
+        durations = policy.duration_loss(conditioning, batch["durations"]) * batch["lengths"]
         return denoising, durations.sum() / batch["lengths"].sum()
 
     def held_out(self, policy, items):

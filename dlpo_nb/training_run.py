@@ -79,7 +79,7 @@ def load_items(config, sample_rate):
 
 # %% ../nbs/45a_training_run.ipynb #7e0867f7
 class Pretraining:
-    "A base in training, in each of its processes: model, its average, optimisers, step and seconds spent."
+    "A base in training, in each of its processes: model, moving average, optimisers, step, seconds spent."
 
     def __init__(self, config):
         check_config(config)
@@ -98,7 +98,7 @@ class Pretraining:
         )
         set_seed(config.seed)
         self.model = first_model(config, self.recipe, self.items).to(self.device).train()
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimisers = make_optimisers(self.model, config.optimiser, config.lr, config.matrix_lr)
         self.step, self.seconds = 0, 0.0
         # parts of the loss, gradient norm, count since the last row of metrics
@@ -126,7 +126,7 @@ def mean_losses(run):
 
 def save_base(run):
     "Writes base.safetensors: the averaged model, and as metadata what it was made of and its validation."
-    base = copy.deepcopy(run.average)
+    base = copy.deepcopy(run.ema)
     if (table := run.recipe.symbol_table(base)) is not None:
         fill_unseen_stress(table, {i for item in run.items for i in item.ids})
     config = {
@@ -155,7 +155,7 @@ def write_state(run):
         sums=run.sums,
         validation=run.validation,
         model=run.model.state_dict(),
-        average=run.average.state_dict(),
+        ema=run.ema.state_dict(),
         optimisers=[optimiser.state_dict() for optimiser in run.optimisers],
     )
     save_tensors(state, run.folder.path / "state.pt")
@@ -213,7 +213,7 @@ def check_length(path, state, now):
 def load_state(run, state):
     "Copies the tensors and numbers of `state` into `run`."
     run.model.load_state_dict(state["model"])
-    run.average.load_state_dict(state["average"])
+    run.ema.load_state_dict(state["ema" if "ema" in state else "average"])  # its name before
     for optimiser, saved in zip(run.optimisers, state["optimisers"]):
         optimiser.load_state_dict(saved)
     run.step, run.seconds, run.validation = state["step"], state["seconds"], state["validation"]

@@ -4,6 +4,7 @@ gradients and updates of every method. python shared_work.py OUT"""
 import sys
 
 import torch
+from small_gradtts import make_gradtts
 from small_policy import TEXTS, TINY, ConvPolicy, gradients_of, make_corpus, make_model, make_tuner, spoken
 from toy_mel import make_toy_mel
 
@@ -38,14 +39,16 @@ def reward():
     )
 
 
+VOICES = {
+    True: ConvPolicy,  # float64
+    False: lambda: spoken(make_model(config=TINY)),
+    "toy": lambda: make_toy_mel(kind=torch.float64),
+    "gradtts": make_gradtts,
+}
+
+
 def tuner_of(method, exact):
-    model = (
-        make_toy_mel(kind=torch.float64)
-        if exact == "toy"
-        else ConvPolicy()
-        if exact
-        else spoken(make_model(config=TINY))
-    )
+    model = VOICES[exact]()
     options = (
         dict(batch_size=6, micro_batch=4, advantage="buffer", buffer_min_count=3, buffer_size=6)
         if method in ("ddpo", "klinr")
@@ -86,7 +89,8 @@ if __name__ == "__main__":
     join("cpu")
     found = {(method, exact): look(method, exact) for method in OBJECTIVES.names() for exact in (True, False)}
     # a state that is not a waveform
-    found |= {(method, "toy"): look(method, "toy") for method in ("dlpo", "klinr", "rwr")}
+    for kind, methods in {"toy": ("dlpo", "klinr", "rwr"), "gradtts": ("dlpo",)}.items():
+        found |= {(method, kind): look(method, kind) for method in methods}
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
     if rank() == 0:

@@ -1,5 +1,7 @@
 """A Grad-TTS of a few thousand weights, and a corpus of noise at its rate, for more than one test file."""
 
+from unittest import mock
+
 import numpy as np
 import torch
 
@@ -8,7 +10,16 @@ from dlpo_nb.corpus import keep_utterance
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
 from dlpo_nb.vocoder import GriffinLim
 
-SMALL = GradTTSConfig.small(encoder_channels=16, decoder_channels=16, decoder_blocks=2)
+SIZES = dict(encoder_channels=16, decoder_channels=16, decoder_blocks=2)
+SMALL = GradTTSConfig.small(**SIZES)
+
+
+def shrunk():
+    """A context in which the architecture gradtts-small has the size for tests."""
+    small = GradTTSConfig.small
+    return mock.patch.object(
+        GradTTSConfig, "small", classmethod(lambda cls, *statistics: small(*statistics, **SIZES))
+    )
 
 
 def make_gradtts(seed=0):

@@ -29,17 +29,14 @@ FLAGS = [
 def both(tmp_path_factory):
     """What shared_work finds in one process and in two."""
     folder, found = tmp_path_factory.mktemp("ranks"), []
-    for name, how in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
-    ):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    work = HERE / "shared_work.py"
+    for name, command in (("one", [sys.executable, work]), ("two", distributed.torchrun_command(work))):
         done = subprocess.run(
-            [sys.executable, *how, HERE / "shared_work.py", folder / name],
+            [*command, folder / name],
             capture_output=True,
             text=True,
             timeout=600,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         found.append(torch.load(folder / name, weights_only=True))
@@ -68,6 +65,17 @@ def test_a_voice_whose_state_is_a_spectrogram(method, both):
     assert one["gradient/policy"].any()
     for a, b in zip(one["log"], two["log"], strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=1e-9)
+
+
+def test_grad_tts(both):
+    """In float32, as its spectrograms are measured."""
+    one, two = (found["dlpo", "gradtts"] for found in both)
+    for part in ("gradient/policy", "gradient/penalty"):
+        close(one[part], two[part], 1e-4)
+        assert one[part].any()
+    for a, b in zip(one["log"], two["log"], strict=True):
+        assert list(a) == list(b) and a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    assert one["heldout"] == pytest.approx(two["heldout"], rel=1e-4)
 
 
 def test_what_is_evaluated_is_spoken_in_parts(both):
@@ -206,18 +214,7 @@ def test_no_thread_of_gloo_is_left_behind(flags, tmp_path):
     """One that is still letting go of a tensor when the interpreter ends aborts the process
     (pytorch/pytorch#190489)."""
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            HERE / "leaving.py",
-            *flags,
-            "--out",
-            tmp_path / "run",
-        ],
+        distributed.torchrun_command(HERE / "leaving.py", *flags, "--out", tmp_path / "run"),
         capture_output=True,
         text=True,
         timeout=300,

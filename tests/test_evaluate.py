@@ -38,7 +38,7 @@ from dlpo_nb.heldout import (
     write_rows,
 )
 from dlpo_nb.judges import find_judges, identity, judge_options
-from dlpo_nb.judging import ScoreCache, ask, pooled_rates
+from dlpo_nb.judging import ScoreCache, pooled_rates, scores_or_errors
 from dlpo_nb.rewards import REWARDS, Reward, get_reward
 from dlpo_nb.rewards.base import WeightsFrom
 from dlpo_nb.statistics import bootstrap_interval
@@ -460,7 +460,7 @@ def test_a_judge_that_refuses_one_still_hears_the_others(tmp_path):
             return [math.nan if text == "odd" else len(clip) for clip, text in zip(clips, texts)]
 
     judge = Judge()
-    _, odd, last = ask(judge, "judge", [ones(5)] * 3, ["a", "odd", "b"])
+    _, odd, last = scores_or_errors(judge, "judge", [ones(5)] * 3, ["a", "odd", "b"])
     assert str(odd) == "judge cannot hear it: its score is not finite" and last == 5
     book = ScoreCache(tmp_path / "scores.jsonl")
     found = book.ask(judge, "judge", {}, [ones(n) for n in (10, 2000, 30)], ["a", "b", "c"])
@@ -729,7 +729,7 @@ def test_the_demo_recordings_are_judged_as_recorded(shared):
                 < 1e-3
             )
     clips = [read_clip(shared / "data" / "dlpo_demo" / f"{name}_dlpo.flac")[0] for name in names[:2]]
-    again = ask(get_reward("dnsmos"), "dnsmos", clips, [""] * 2)
+    again = scores_or_errors(get_reward("dnsmos"), "dnsmos", clips, [""] * 2)
     assert all(abs(a - row["dnsmos"]) < 1e-4 for a, row in zip(again, ours["dlpo"]))
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pretrain_process
 import pytest
 import torch
 from deterministic_weights import fill, integers, noise, waveform
@@ -22,6 +21,7 @@ from dlpo_nb.core import UserError, asset
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.corpus import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
+from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.optimisers import make_optimisers
 from dlpo_nb.pretrain import fit, prepare, pretrain, train_step, validate
 from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
@@ -409,8 +409,8 @@ def test_a_training_step_has_the_losses_and_gradients_of_the_released_trainer(ba
         [(p.detach() - before[name])[p.grad.abs() > 1e-3].abs() for name, p in base.named_parameters()]
     )
     assert len(moved) > 10_000 and (moved - 3e-4).abs().max() < 1e-5
-    average = dict(run.average.named_parameters())
-    assert all((average[name] - p).abs().max() < 1e-6 for name, p in base.named_parameters()), (
+    ema = dict(run.ema.named_parameters())
+    assert all((ema[name] - p).abs().max() < 1e-6 for name, p in base.named_parameters()), (
         "their average is the new weights"
     )
     with torch.no_grad():
@@ -457,7 +457,7 @@ def test_bfloat16_trains_with_float32_losses_and_weights(config):
     run = Pretraining(config)
     batch = Windows(config, run.items, 300)[0]
     losses = {
-        precision: torch.stack(batch_losses(run.average, batch, precision))
+        precision: torch.stack(batch_losses(run.ema, batch, precision))
         for precision in ("float32", "bfloat16")
     }
     assert losses["bfloat16"].dtype == torch.float32 and not torch.equal(*losses.values())
@@ -563,42 +563,6 @@ def in_two(command, **options):
     )
 
 
-def test_two_processes_are_one_in_float64(config, tmp_path):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "tests" / "pretrain_process.py"),
-    ]
-    settings = dict(
-        corpus=str(CORPUS),
-        steps=3,
-        batch_size=3,
-        window_frames=16,
-        warmup_steps=1,
-        sample_every=0,
-        device="cpu",
-        precision="float32",
-    )
-    (tmp_path / "two.json").write_text(json.dumps(settings | dict(out=str(tmp_path / "two"))))
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "two.json")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    pretrain_process.train(settings | dict(out=str(tmp_path / "one")))
-    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
-    assert (one["sums"] - two["sums"]).abs().max() < 1e-6
-    fresh = PretrainConfig(CORPUS, tmp_path, steps=1)
-    start = first_model(fresh, recipe_for(fresh), []).state_dict()
-    for part in ("model", "average"):
-        for key, value in one[part].items():
-            assert (value.double() - two[part][key].double()).abs().max() < 1e-10, key
-    assert max((one["model"][key].double() - start[key].double()).abs().max().item() for key in start) > 1e-3
-
-
 def test_one_process_starts_and_two_go_on(config):
     settings = replace(config, batch_size=3, optimiser="adamw", lr=1e-4, precision="float32", log_every=1)
     whole = replace(settings, out=config.out.parent / "whole")
@@ -663,9 +627,8 @@ def test_the_folder_of_another_kind_of_run_is_left_alone(config):
 
 
 def test_torchrun_with_more_processes_than_windows(config):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = subprocess.run(
-        [*torchrun, *command(config, "--steps", 1, "--batch-size", 1)[1:]],
+        torchrun_command(*command(config, "--steps", 1, "--batch-size", 1)[1:]),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -1,15 +1,21 @@
 """Every voice is trained by the same loop: shares add up, resuming is exact, something is learnt."""
 
+import json
+import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
+import pretrain_process
 import pytest
 import torch
 import toy_mel
-from small_gradtts import SMALL, make_gradtts, write_corpus
+from small_gradtts import SMALL, make_gradtts, shrunk, write_corpus
 
 from dlpo_nb import recipes
 from dlpo_nb.core import UserError
 from dlpo_nb.corpus import load_corpus
+from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
 from dlpo_nb.locks import unlock_folders
 from dlpo_nb.policy import load_policy, recorded, state_durations
@@ -21,18 +27,15 @@ TINY_UNET = GradTTSConfig(
     encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16
 )
 RATES = {"gradtts-small": 24000, "gradtts": 22050, "toy_mel": 16000}
+RATES_OF_TWO = {"tiny": 22050, "gradtts-small": 24000, "toy_mel": 16000}
 
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch):
     """The architectures by their names, at a size for tests; the folders of a run are let go."""
-    small = GradTTSConfig.small
-    sizes = dict(encoder_channels=16, decoder_channels=16, decoder_blocks=2)
-    monkeypatch.setattr(
-        GradTTSConfig, "small", classmethod(lambda cls, *stats, **more: small(*stats, **sizes))
-    )
     monkeypatch.setattr(GradTTSConfig, "released", classmethod(lambda cls: TINY_UNET))
-    yield
+    with shrunk():
+        yield
     unlock_folders()
 
 
@@ -59,8 +62,8 @@ def test_resume_is_exact(config, tmp_path):
     second = prepare(replace(parts, resume=True))
     assert second.step == 3
     fit(second, progress=False)
-    for name, value in whole.average.state_dict().items():
-        assert torch.equal(value, second.average.state_dict()[name]), name
+    for name, value in whole.ema.state_dict().items():
+        assert torch.equal(value, second.ema.state_dict()[name]), name
     rows = whole.folder.metrics()
     assert [row["loss"] for row in second.folder.metrics()] == [row["loss"] for row in rows]
     assert set(rows[-1]["validation"]) >= {"16", "850", "duration"}
@@ -85,6 +88,52 @@ def test_processes_add_up(config, monkeypatch):
     torch.testing.assert_close(
         parts(slice(0, None, 2)) + parts(slice(1, None, 2)), whole, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """States of a few steps by one process and by two, of each voice."""
+    folder = tmp_path_factory.mktemp("processes")
+    settings = dict(steps=3, batch_size=3, batch_seconds=2.0, window_frames=16, warmup_steps=1, held_out=2)
+    settings |= dict(sample_every=0, score=False, optimiser="adamw", precision="float32", device="cpu")
+    for name in ("one", "two"):
+        jobs = [
+            settings
+            | dict(corpus=str(folder / f"corpus {arch}"), arch=arch, out=str(folder / f"{name} {arch}"))
+            for arch in RATES_OF_TWO
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(jobs))
+    for arch, rate in RATES_OF_TWO.items():
+        write_corpus(folder / f"corpus {arch}", rate)
+    program = torchrun_command(Path(__file__).parent / "pretrain_process.py", folder / "two.json")
+    done = subprocess.run(
+        program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    pretrain_process.train(folder / "one.json")
+    return {
+        arch: [torch.load(folder / f"{n} {arch}" / "state.pt", weights_only=True) for n in ("one", "two")]
+        for arch in RATES_OF_TWO
+    }
+
+
+def moments(state):
+    """Means of the gradients, as the optimisers keep them."""
+    kept = (entry for optimiser in state["optimisers"] for entry in optimiser["state"].values())
+    return torch.cat([entry["exp_avg"].double().flatten() for entry in kept])
+
+
+@pytest.mark.parametrize("arch", RATES_OF_TWO)
+def test_two_processes_are_one(arch, both):
+    """In float64 but for losses; Grad-TTS, which measures spectrograms in float32, in that."""
+    one, two = both[arch]
+    gradient, weight = (1e-5, 1e-5) if arch == "gradtts-small" else (1e-7, 1e-9)
+    torch.testing.assert_close(one["sums"], two["sums"], rtol=1e-5, atol=0)
+    assert (moments(one) - moments(two)).norm() <= gradient * moments(one).norm() > 0
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            assert (value.double() - two[part][key].double()).abs().max() < weight, key
+    assert any(not torch.equal(value, one["ema"][key]) for key, value in one["model"].items())
 
 
 def test_something_is_learnt(config):

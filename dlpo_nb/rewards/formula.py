@@ -145,10 +145,10 @@ class CombinedReward(Reward):
 
     def parts(self, audio, lengths, sample_rate, texts):
         """Scores (B, P) of the parts in their order, and which of them failed, (B, P) bool."""
-        found = [reward.parts(audio, lengths, sample_rate, texts) for reward in self.rewards.values()]
+        scored = [reward.parts(audio, lengths, sample_rate, texts) for reward in self.rewards.values()]
         failures = ((name, f) for name, reward in self.rewards.items() for f in reward.last_failures)
         self.last_failures = [f._replace(reason=f"{name}: {f.reason}") for name, f in failures]
-        return torch.cat([scores for scores, _ in found], 1), torch.cat([failed for _, failed in found], 1)
+        return torch.cat([scores for scores, _ in scored], 1), torch.cat([failed for _, failed in scored], 1)
 
     def combine(self, parts, failed):
         """The weighted sum (B,) of parts (B, P); their statistics and means are taken here, in the order of

@@ -54,11 +54,11 @@ class ScoringQueue:
         jobs, self.jobs, self.last_failures, self.seconds = self.jobs, [], [], 0.0
         concurrent.futures.wait(jobs)  # none is left running when one has failed
         parts, failed = [], []
-        for found, broken, failures, seconds in (job.result() for job in jobs):
+        for scores, broken, failures, seconds in (job.result() for job in jobs):
             before = sum(map(len, parts))
             self.last_failures += [failure._replace(index=before + failure.index) for failure in failures]
             self.seconds += seconds
-            parts.append(found)
+            parts.append(scores)
             failed.append(broken)
         return (
             (torch.cat(parts), torch.cat(failed))

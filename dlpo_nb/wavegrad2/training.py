@@ -154,9 +154,9 @@ class Windows(Dataset):
         batch = window_batch(
             items, starts, config.window_frames, self.hop, self.rows, masked=not config.reference
         )
-        mine, evenly = [draws[row] for row in self.rows], 1.0 if config.reference else 0.5
-        batch["level"] = torch.cat([draw_levels(1, self.schedule, draw, evenly=evenly) for draw in mine])
-        batch["noise"] = torch.stack([torch.randn(len(batch["audio"][0]), generator=draw) for draw in mine])
+        local, evenly = [draws[row] for row in self.rows], 1.0 if config.reference else 0.5
+        batch["level"] = torch.cat([draw_levels(1, self.schedule, draw, evenly=evenly) for draw in local])
+        batch["noise"] = torch.stack([torch.randn(len(batch["audio"][0]), generator=draw) for draw in local])
         return batch
 
 # %% ../../nbs/09_wavegrad2_training.ipynb #e403cbdd
@@ -165,15 +165,15 @@ def batch_losses(model, batch, precision, reference=False):
     rows, starts, (windows, symbols) = batch["rows"], batch["starts"], batch["share"]
     size = batch["audio"].shape[1] // model.hop
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        said = model.condition(
+        conditioning = model.condition(
             batch["ids"], batch["lengths"], batch["durations"], reference_padding=reference
         )
-        hidden = F.pad(said.hidden, (0, size))[rows]
+        hidden = F.pad(conditioning.hidden, (0, size))[rows]
         place = (starts[:, None] + torch.arange(size, device=starts.device))[:, None].expand(
             -1, hidden.shape[1], -1
         )
         # an item that ends inside the window ends there for the network too
-        frames = None if reference else (said.frames[rows] - starts).clamp(max=size)
+        frames = None if reference else (conditioning.frames[rows] - starts).clamp(max=size)
         denoising = denoising_loss(
             model,
             batch["audio"],
@@ -184,6 +184,6 @@ def batch_losses(model, batch, precision, reference=False):
             frames,
         )
     duration = duration_loss(
-        said.seconds[rows], batch["durations"][rows], said.mask[rows], model.config.frame_rate
+        conditioning.seconds[rows], batch["durations"][rows], conditioning.mask[rows], model.config.frame_rate
     )
     return (windows * denoising).to(denoising.dtype), (symbols * duration).to(duration.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dlpo_nb.core import environment, read_jsonl
-from dlpo_nb.distributed import all_reduce_sum, join, leave, rank
+from dlpo_nb.distributed import all_reduce_sum, join, leave, rank, torchrun_command
 from dlpo_nb.cost import stand_in_base
 
 ROUNDS, EPISODES = 3, 3
@@ -69,20 +69,7 @@ def main():
     }
     speedup = {phase: best[1][phase] / best[2][phase] for phase in best[1]}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                "2",
-                __file__,
-                f"{folder}/sum",
-            ],
-            check=True,
-            capture_output=True,
-        )
+        subprocess.run(torchrun_command(__file__, f"{folder}/sum"), check=True, capture_output=True)
         summed = json.loads(Path(folder, "sum").read_text())
     print(
         f"two processes: {speedup['seconds']:.2f} times as fast (rollouts "
