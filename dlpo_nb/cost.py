@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from .core import UserError
+from .core import UserError, counted
 from .distributed import all_gather, rank, world_size
 from .finetune import Finetuner
 from .inputs import banner, load_base, load_recordings, load_texts
@@ -158,8 +158,8 @@ def report_cost(config, seconds, peak, device, scaled):
     cost = f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
     kind = {"cuda": "GPU"}.get(device.type, device.type.upper())
     print(
-        f"  {config.episodes} episodes and all: about {cost}, {hours * world_size():.2f} {kind}-hours. "
-        "Nothing was written."
+        f"  {counted(config.episodes, 'episode')} and all: about {cost}, "
+        f"{hours * world_size():.2f} {kind}-hours. Nothing was written."
     )
 
 
@@ -174,8 +174,8 @@ def dry_run(preset, config, device):
         banner(preset, whole, texts, heldout)
         if scaled:
             print(
-                f"  measured on {config.batch_size} rollouts of {config.rollout_steps} steps of short texts, "
-                "and scaled up"
+                f"  measured on {counted(config.batch_size, 'rollout')} "
+                f"of {counted(config.rollout_steps, 'step')} of short texts, and scaled up"
             )
     tuner.episode()
     metrics = tuner.episode()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import hibari
 from .audio import SAMPLE_RATE
-from .core import UserError, append_jsonl, read_jsonl, run_main, split_lines
+from .core import UserError, append_jsonl, counted, read_jsonl, run_main, split_lines
 from .corpus import FINAL_PAUSE, FRAME_RATE, HOP, ends_in_pause, keep_utterance
 from .text import normalise, read_texts
 
@@ -273,7 +273,7 @@ def make_corpus(config: CorpusConfig, progress: bool = True):
             bar.update(len(results))
     if failed == len(texts):
         raise UserError(
-            f"{config.voice} spoke none of the {len(texts)} texts; {config.out}/failures.txt says why"
+            f"{config.voice} spoke none of {counted(len(texts), 'text')}; {config.out}/failures.txt says why"
         )
     return len(texts) - failed, failed
 
@@ -305,7 +305,7 @@ def fragments(
 # %% ../nbs/03d_data.ipynb #3725e990
 def main():
     count, failed = make_corpus(tyro.cli(CorpusConfig))
-    print(f"{count} utterances, {failed} texts could not be spoken")
+    print(f"{counted(count, 'utterance')}, {counted(failed, 'text')} could not be spoken")
 
 # %% ../nbs/03d_data.ipynb #36f46352
 #| eval: false

@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from .core import UserError
+from .core import UserError, counted
 
 # %% ../nbs/04_diffusion.ipynb #ab11ae4d
 class Tables:
@@ -62,7 +62,7 @@ class Tables:
 
     def __repr__(self):
         return (
-            f"{type(self).__name__}({self.num_steps} steps, levels {self.levels[0]:.6f} to "
+            f"{type(self).__name__}({counted(self.num_steps, 'step')}, levels {self.levels[0]:.6f} to "
             f"{self.levels[-1]:.4f})"
         )
 
@@ -235,7 +235,8 @@ class NoiseSchedule(TransitionDensity):
         Raises UserError for an impossible n, spacing or lo."""
         if not 1 <= n <= self.num_steps:
             raise UserError(
-                f"a schedule of {self.num_steps} steps cannot be respaced to {n}; use 1 to {self.num_steps}"
+                f"a schedule of {counted(self.num_steps, 'step')} cannot be respaced to {n}; "
+                f"use 1 to {self.num_steps}"
             )
         if spacing == "geometric":
             new = self._geometric(n, lo)

@@ -24,6 +24,7 @@ from dlpo_nb.core import (
     UserError,
     append_jsonl,
     atomic_write,
+    counted,
     environment,
     pick_device,
     plain,
@@ -305,7 +306,10 @@ def evaluation_text(evaluation):
     """What the command prints, at most 100 columns but for the sentences.
 
     Means, one table per judge, contradictions, failures and notes."""
-    judged, parts = evaluation["judges"], [f"{evaluation['texts']} texts; mean ± standard deviation"]
+    judged, parts = (
+        evaluation["judges"],
+        [f"{counted(evaluation['texts'], 'text')}; mean ± standard deviation"],
+    )
     parts += [table_of_means(evaluation), *(table_against(evaluation, name) for name in judged)]
     if pooled := evaluation["pooled_wer"]:
         rates = ", ".join(f"{system} {100 * rate:.1f}" for system, rate in pooled.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import RunDir, UserError
+from .core import RunDir, UserError, counted
 from .heldout import read_rows
 from .statistics import bootstrap_interval
 
@@ -130,7 +130,7 @@ def draw_kind(ax, curves, kind, colour):
     if many:
         length = min(len(values) for _, values in curves)
         mean = np.mean([values[:length] for _, values in curves], axis=0)
-        label = f"{kind}, mean of {len(curves)} seeds"
+        label = f"{kind}, mean of {counted(len(curves), 'seed')}"
         ax.plot(curves[0][0][:length], mean, dash, color=colour, lw=2.2, label=label)
 
 

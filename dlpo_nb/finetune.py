@@ -68,7 +68,7 @@ class Loop:
         return stats | {name: latest[name] for name in latest if name.startswith("ratio/")}
 
     def slices(self, batch, e, epoch, log):
-        "Yields what the objective is called with: denoising losses, then each trained step of each trajectory."
+        "Yields what the objective is called with: denoising losses, then each trajectory's trained steps."
         yield from denoising_slices(self, batch, e, epoch, log)
         if epoch == 0:  # once, like the rewards: later epochs keep it
             batch.penalty = in_reward_penalty(self, batch, log)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, resample, rms_db
-from .core import UserError, asset, atomic_write, keyed_generator
+from .core import UserError, asset, atomic_write, counted, keyed_generator
 from .distributed import all_gather, shard
 from .judges import judge_options, weights_of
 from .policy import evaluating, synthesise
@@ -237,7 +237,7 @@ def verdict(
         f"Held-out {reward} {change}: {metric['base']:.3f} to {metric['tuned']:.3f}, "
         f"difference {metric['difference']:+.3f} "
         f"(95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, "
-        f"{metric.get('n', evaluation['n'])} texts)."
+        f"{counted(metric.get('n', evaluation['n']), 'text')})."
     )
 
 # %% ../nbs/49a_heldout.ipynb #7cef3261
@@ -296,7 +296,7 @@ def format_table(
     evaluation, control, reward = summary["evaluation"], summary["control"], summary["reward"]
     title = (
         f"{summary['method']}, reward {reward}, control {control}, seed {summary['seed']}, "
-        f"{summary['episodes']} episodes"
+        f"{counted(summary['episodes'], 'episode')}"
     )
     lines = [
         *textwrap.wrap(title, 100),

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .audio import SAMPLE_RATE
-from .core import UserError, asset, base_path, read_jsonl
+from .core import UserError, asset, base_path, counted, read_jsonl
 from .corpus import load_corpus
 from .distributed import world_size
 from .judges import judge_options
@@ -101,9 +101,9 @@ def banner(preset, config, texts, heldout):
     shuffled = " [CONTROL: advantages shuffled]" if config.control != "none" else ""
     print(f"{config.method} on preset {preset}, seed {config.seed}{shuffled}")
     print(
-        f"  {config.episodes} episodes x {config.batch_size} rollouts "
-        f"({groups} texts x {config.group_size}), {config.rollout_steps} {config.spacing} steps, "
-        f"training {config.train_steps}"
+        f"  {counted(config.episodes, 'episode')} x {counted(config.batch_size, 'rollout')} "
+        f"({counted(groups, 'text')} x {config.group_size}), "
+        f"{counted(config.rollout_steps, f'{config.spacing} step')}, training {config.train_steps}"
     )
     # of one's own method, too; the two weights first
     options = sorted(asdict(config.objective).items(), key=lambda pair: pair[0] not in ("alpha", "beta"))
@@ -113,5 +113,8 @@ def banner(preset, config, texts, heldout):
     print(f"  {config.method}: {', '.join(words)}")
     print(f"  reward {config.reward}, learning rate {config.learning_rate:g}")
     each = f" each in {world_size()} processes" if world_size() > 1 else ""
-    places = f"{torch.get_num_threads()} CPU threads{each}"
-    print(f"  {len(texts)} train texts, {len(heldout)} held-out texts, {places}", flush=True)
+    places = f"{counted(torch.get_num_threads(), 'CPU thread')}{each}"
+    print(
+        f"  {counted(len(texts), 'train text')}, {counted(len(heldout), 'held-out text')}, {places}",
+        flush=True,
+    )

@@ -19,7 +19,7 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
-from .core import RunDir, UserError, asset, run_main
+from .core import RunDir, UserError, asset, counted, run_main
 from .cost import dry_run
 from .diagnostics import drift
 from .distributed import begun_here, join, on_first_rank, open_board, rank, run_process
@@ -153,7 +153,8 @@ def speak_heldout(tuner, config, texts) -> dict:  # {base, tuned: list of (N_i,)
     "The held-out texts as base and tuned model say them; every process speaks a part."
     if rank() == 0:
         print(
-            f"evaluating base and tuned model on {len(texts)} held-out texts with the same noise", flush=True
+            f"evaluating base and tuned model on {counted(len(texts), 'held-out text')} with the same noise",
+            flush=True,
         )
     models = {"base": tuner.reference, "tuned": tuner.model}
     return {

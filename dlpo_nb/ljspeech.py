@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .alignment import LAG, check_text, process_aligner, read_textgrid, to_frames
 from .audio import SAMPLE_RATE
-from .core import UserError, append_jsonl, atomic_write, read_jsonl, run_main
+from .core import UserError, append_jsonl, atomic_write, counted, read_jsonl, run_main
 from .corpus import ends_in_pause, keep_utterance
 from dlpo_nb.recordings import (
     PARTS,
@@ -274,8 +274,8 @@ def make_ljspeech(config: LJSpeechConfig, progress: bool = True):
     if not any(report[part]["utterances"] for part in PARTS):
         name, kind, reason = failures[0]
         raise UserError(
-            f"none of the clips could be used ({len(failures)} failures; the first is {name}: {reason}); "
-            f"{config.out}/failures.txt has all"
+            f"none of the clips could be used ({counted(len(failures), 'failure')}; "
+            f"the first is {name}: {reason}); {config.out}/failures.txt has all"
         )
     return report
 
@@ -305,7 +305,7 @@ def main():
     report = make_ljspeech(config)
     print(
         ", ".join(
-            f"{part}: {report[part]['utterances']} utterances ({report[part]['hours']:.2f} h)"
+            f"{part}: {counted(report[part]['utterances'], 'utterance')} ({report[part]['hours']:.2f} h)"
             for part in PARTS
         )
     )

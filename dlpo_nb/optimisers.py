@@ -89,7 +89,7 @@ def released_factor(step):
 
 
 def ema_decay(step):
-    "Decay of the moving average of the weights after `step` steps: short memory first, 2000 steps in the end."
+    "Decay of the weights' moving average after `step` steps: short memory first, in the end 2000 steps."
     return min(0.9995, (step + 1) / (step + 50))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .core import Registry, UserError
+from .core import Registry, UserError, counted
 from .corpus import collate
 from .diffusion import NoiseSchedule
 from .text import pad_ids
@@ -214,7 +214,7 @@ def draw_noise(
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(sizes)
     if len(generators) != len(sizes):
         raise UserError(
-            f"{len(generators)} generators for {len(sizes)} texts; "
+            f"{counted(len(generators), 'generator')} for {counted(len(sizes), 'text')}; "
             "give one generator for all, or one for each"
         )
     rows = [torch.randn(n, generator=g, device=g.device if g else "cpu") for n, g in zip(sizes, generators)]

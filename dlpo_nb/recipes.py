@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from .audio import SAMPLE_RATE
-from .core import UserError, keyed_generator
+from .core import UserError, counted, keyed_generator
 from .distributed import shard, world_size
 from .gradtts.model import GradTTS, GradTTSConfig
 from .gradtts.sde import time_of_level
@@ -252,7 +252,8 @@ class ReleasedGradTTSRecipe(GradTTSRecipe):
                 "each utterance has fewer mel frames than symbols; are the texts those of the recordings?"
             )
         if len(long) < len(items):
-            print(f"{len(items) - len(long)} utterances have fewer mel frames than symbols and are left out")
+            short = counted(len(items) - len(long), "utterance")
+            print(f"left out, with fewer mel frames than symbols: {short}")
         return Utterances(self, policy, long)
 
     def inputs(self, policy, items):

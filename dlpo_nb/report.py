@@ -17,7 +17,7 @@ import soundfile
 import tyro
 
 from .audio import player_html, read_audio
-from .core import UserError, run_main, split_lines
+from .core import UserError, counted, run_main, split_lines
 from .figures import PANELS, control_difference, panel, read_run, reward_curve
 from .heldout import CAUTION, LABELS, direction, ordered, verdict
 from .page import card, change_cells, fold, interval_svg, picture, table, tagged, write_page
@@ -49,7 +49,7 @@ def headline(run):
             if run.summary
             else "it is still running, or it was stopped and can be resumed by --resume"
         )
-        recorded = f"{len(run.metrics)} of {run.config['episodes']} episodes are recorded"
+        recorded = f"{len(run.metrics)} of {counted(run.config['episodes'], 'episode')} recorded"
         sentence = f"This run has no evaluation: {recorded}; {why}."
         return card(f"<div class='big'>no result</div><div>{sentence}</div>", "headline")
     metric = run.evaluation["metrics"].get(run.config["reward"])
@@ -198,7 +198,7 @@ def write_report(run_dir, out=None):
     run = read_run(run_dir)
     facts = [
         "A fine-tuning run of a text-to-speech diffusion model",
-        f"{len(run.metrics)} of {run.config['episodes']} episodes",
+        f"{len(run.metrics)} of {counted(run.config['episodes'], 'episode')}",
         *([f"{run.summary['minutes']:.1f} minutes of training"] if run.summary else []),
         f"reward {run.config['reward']}",
     ]
@@ -224,7 +224,7 @@ def comparison_headline(runs):
         f"With the true rewards, held-out {reward} changed by {metric['run']:+.3f}; "
         f"with shuffled ones by {metric['control']:+.3f}: {word} its control "
         f"(difference {metric['difference']:+.3f}, "
-        f"95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {metric['n']} texts, "
+        f"95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {counted(metric['n'], 'text')}, "
         f"runs: {beyond['runs']}, controls: {beyond['controls']}). "
         "The interval covers the choice of texts, not of training seeds."
     )

@@ -17,7 +17,7 @@ import tyro
 
 from .checkpoints import states
 from .config import FinetuneConfig, applicable, from_flags, renamed
-from .core import UserError, base_path, fingerprint, in_force, plain, record_changes
+from .core import UserError, base_path, counted, fingerprint, in_force, plain, record_changes
 from .distributed import world_size
 from .plugins import flag_values, load_plugins, plugin_fingerprints, run_plugins
 from .rewards import REWARDS
@@ -85,7 +85,7 @@ class LaunchConfig(FinetuneConfig):
         processes = max(world_size(), self.nproc_per_node * self.nnodes)
         if processes > texts:
             raise UserError(
-                f"--batch-size {self.batch_size} has {texts} texts for {processes} processes; "
+                f"--batch-size {self.batch_size} has {counted(texts, 'text')} for {processes} processes; "
                 "each needs one: use fewer, or a larger batch."
             )
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from .core import UserError
+from .core import UserError, counted
 
 # %% ../nbs/49_statistics.ipynb #9e59987e
 def bootstrap_interval(
@@ -213,7 +213,7 @@ def left_out_line(result, measure):
     shown_places = ", ".join(places[:12]) + (", ..." if len(places) > 12 else "")
     return (
         [
-            f"{result['texts'] - len(places)} of {result['texts']} texts; "
+            f"{result['texts'] - len(places)} of {counted(result['texts'], 'text')}; "
             f"refused and left out for all systems: {shown_places}"
         ]
         if places

@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 from .audio import SoundWarning, read_audio
-from .core import RunDir, UserError, base_path, split_lines
+from .core import RunDir, UserError, base_path, counted, split_lines
 from .rewards.base import LONGEST
 
 # %% ../nbs/48_systems.ipynb #8f563efd
@@ -105,7 +105,7 @@ def read_transcript(folder):
         return [(by_stem.get(name, Path(folder) / f"{name}.wav"), text) for name, text in names]
     if len(lines) != len(files):
         raise UserError(
-            f"{path} has {len(lines)} lines for {len(files)} recordings; "
+            f"{path} has {counted(len(lines), 'line')} for {counted(len(files), 'recording')}; "
             "write one line per recording in the order of the "
             "file names, or NAME|TEXT lines"
         )
@@ -161,7 +161,7 @@ def match_files(
     )
     if by_name is None:
         raise UserError(
-            f"{folder} holds {len(files)} recordings for {len(texts)} texts, "
+            f"{folder} holds {counted(len(files), 'recording')} for {counted(len(texts), 'text')}, "
             "and which says which is not known; "
             "put a texts.txt with NAME|TEXT lines beside them"
         )

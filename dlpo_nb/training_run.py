@@ -15,7 +15,7 @@ import pickle
 import torch
 
 from dlpo_nb.core import (
-    RunDir, UserError, base_path, fingerprint, plain, save_tensors, set_seed,
+    RunDir, UserError, base_path, counted, fingerprint, plain, save_tensors, set_seed,
 )  # fmt: skip
 from .corpus import Corpus, load_corpus
 from .distributed import begun_here, join, on_first_rank, world_size
@@ -74,7 +74,9 @@ def load_items(config, sample_rate):
     if config.also:
         items = Corpus([*items.items, *load_corpus(config.also, sample_rate).items])
     if not items:
-        raise UserError(f"the corpus {config.corpus} has {kept} utterances; two at least are needed")
+        raise UserError(
+            f"the corpus {config.corpus} has {counted(kept, 'utterance')}; two at least are needed"
+        )
     return items, held_out
 
 # %% ../nbs/45a_training_run.ipynb #7e0867f7
@@ -183,8 +185,8 @@ def restore(run):
             )
         if state["utterances"] != len(run.items):
             raise UserError(
-                f"{path} was made on {state['utterances']} utterances, now there are {len(run.items)}; "
-                "give the same --corpus"
+                f"{path} was made on {counted(state['utterances'], 'utterance')}, "
+                f"now there are {len(run.items)}; give the same --corpus"
             )
         if state.get("corpus", run.corpus_mark) != run.corpus_mark:  # states of before have no mark
             raise UserError(

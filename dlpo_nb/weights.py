@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
-from .core import UserError, atomic_write
+from .core import UserError, atomic_write, counted
 
 # %% ../nbs/04a_weights.ipynb #32bb8627
 def write_weights(
@@ -191,7 +191,8 @@ def check_entries(path, kind: str, state: dict, expected: dict):
     "Raises UserError if the tensors of a file are not those that a model of this kind expects."
     missing, unknown = [k for k in expected if k not in state], [k for k in state if k not in expected]
     if missing or unknown:
-        what = f"lacks {len(missing)} entries" if missing else f"has {len(unknown)} entries too many"
+        entries = counted(len(missing or unknown), "entry", "entries")
+        what = f"lacks {entries}" if missing else f"has {entries} too many"
         raise UserError(
             f"{path} {what}, such as {(missing or unknown)[0]}; it is not a complete {kind} checkpoint"
         )

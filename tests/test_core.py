@@ -18,6 +18,7 @@ from dlpo_nb.core import (
     append_jsonl,
     asset,
     checkout,
+    counted,
     environment,
     fingerprint,
     in_force,
@@ -38,6 +39,11 @@ def python(code, **env):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
     )
+
+
+def test_what_is_counted_agrees_in_number():
+    assert [counted(n, "text") for n in (0, 1, 2)] == ["0 texts", "1 text", "2 texts"]
+    assert counted(1, "entry", "entries") == "1 entry" and counted(3, "entry", "entries") == "3 entries"
 
 
 def test_keyed_generator_is_the_same_in_another_process():

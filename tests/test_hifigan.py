@@ -108,7 +108,7 @@ def test_a_policy_with_hifigans_mel_speaks_through_it_where_weights_are_named(sm
         (lambda s: {k: v for k, v in s.items() if "ups" not in k}, "not a HiFi-GAN generator"),
         (lambda s: {"conv.weight": torch.zeros(3)}, "not a HiFi-GAN generator"),
         (lambda s: {k: v for k, v in s.items() if "conv_post" not in k}, "lacks 2 entries"),
-        (lambda s: {**s, "one.more": torch.zeros(1)}, "1 entries too many"),
+        (lambda s: {**s, "one.more": torch.zeros(1)}, "1 entry too many"),
         (lambda s: {**s, "ups.1.bias": torch.zeros(5)}, "ups.1.bias"),
         (lambda s: {**s, "conv_pre.bias": s["conv_pre.bias"] / 0}, "not finite"),
         (lambda s: {**s, "conv_pre.weight_v": s["conv_pre.weight_v"][:, :64]}, "64 bands.*80 and 256"),

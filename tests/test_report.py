@@ -79,11 +79,7 @@ def test_a_control(tmp_path):
 
 def test_a_stopped_run(tmp_path):
     page = checked(write_report(make_run(tmp_path / "run", finished=False)))
-    assert (
-        "no result" in page.said
-        and "12 of 24 episodes are recorded" in page.said
-        and "audio" not in page.tags
-    )
+    assert "no result" in page.said and "12 of 24 episodes recorded" in page.said and "audio" not in page.tags
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "0 of 24 episodes" in checked(write_report(tmp_path / "run")).said
 

@@ -234,9 +234,9 @@ def test_half_a_file_is_refused(tmp_path, keep):
     [
         (
             {name: tensor for name, tensor in SMALL.items() if name != "judge_emb"},
-            "1 of its 225 tensors are missing, such as judge_emb",
+            "lacks 1 of 225 tensors, such as judge_emb",
         ),
-        ({**SMALL, "extra": torch.zeros(1)}, "not part of it, such as 'extra'"),
+        ({**SMALL, "extra": torch.zeros(1)}, "has 1 tensor too many, such as 'extra'"),
         (
             {**SMALL, "judge_emb": torch.zeros(3000, 128)},
             r"judge_emb has the shape \(3000, 128\), not \(1, 128\)",

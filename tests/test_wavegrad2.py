@@ -828,8 +828,8 @@ def test_wrong_entries(saved, tmp_path):
             load_wavegrad2(path)
 
     key = "speaker_embedding.weight"
-    refused("lacks 1 entries", **{key: None})
-    refused("entries too many", **{"surplus": torch.zeros(1)})
+    refused("lacks 1 entry, ", **{key: None})
+    refused("has 1 entry too many", **{"surplus": torch.zeros(1)})
     refused("has shape", **{key: torch.zeros(1, 5)})
     refused("not finite", **{key: torch.full((1, 4), torch.nan)})
     refused("has shape", metadata=None)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..audio import import_torchaudio
-from ..core import UserError, pick_device
+from ..core import UserError, counted, pick_device
 from .base import REWARDS, Reward, WeightsFrom
 
 # %% ../../nbs/22_utmos.ipynb #566bf8d1
@@ -115,9 +115,9 @@ def misfit(tensors, shapes):
     missing = [name for name in shapes if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
     if missing:
-        return f"{len(missing)} of its {len(shapes)} tensors are missing, such as {missing[0]}"
+        return f"it lacks {len(missing)} of {len(shapes)} tensors, such as {missing[0]}"
     if extra:
-        return f"{len(extra)} tensors are not part of it, such as {extra[0]!r:.60}"
+        return f"it has {counted(len(extra), 'tensor')} too many, such as {extra[0]!r:.60}"
     wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
     return (
         f"{wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
