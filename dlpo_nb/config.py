@@ -272,8 +272,8 @@ def todays_flags(argv: list) -> list:
 
 def check_names(kind, groups: dict):
     """Raises UserError if an option of a method, in `groups` of `option_fields`, is called like a setting
-    of `kind`."""
-    taken = {f.name for f in fields(kind)} | {"method"}
+    of `kind`, or as one was called before."""
+    taken = {f.name for f in fields(kind)} | {"method", *OLD_NAMES}
     for methods, cls in groups.items():
         if clash := [f.name for f in fields(cls) if f.name in taken]:
             raise UserError(

@@ -244,11 +244,21 @@ def test_options_of_an_objective_are_in_the_help(registries, tmp_path, capsys):
         assert words in printed
 
 
-def test_an_option_cannot_be_called_like_a_setting(registries, tmp_path):
-    lines = ['@OBJECTIVES.register("mine")', "@dataclass", "class Mine(PolicyGradient):", "    seed: int = 1"]
+@pytest.mark.parametrize("name", ["seed", "plugin", "method", "guidance_steps"])
+def test_an_option_cannot_be_called_like_a_setting(name, registries, tmp_path):
+    """Of the loop, of the command, or as one was called before."""
+    lines = [
+        '@OBJECTIVES.register("mine")',
+        "@dataclass",
+        "class Mine(PolicyGradient):",
+        f"    {name}: int = 1",
+    ]
     (tmp_path / "my.py").write_text(OBJECTIVE + "\n".join(lines))
-    with pytest.raises(UserError, match="'seed', which is the name of a setting"):
+    with pytest.raises(
+        UserError, match=f"^objective mine .*'{name}', which is the name of a setting"
+    ) as refused:
         parse(["--plugin", str(tmp_path / "my.py")])
+    assert str(refused.value).count(".") == 1
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
