@@ -243,7 +243,7 @@ def test_half_a_file_is_refused(tmp_path, keep):
         ),
         ({"state_dict": SMALL}, "not a plain dict"),
         ([1, 2], "not a plain dict"),
-        ({}, "225 of its 225"),
+        ({}, "225 of 225"),
     ],
 )
 def test_other_networks_are_refused(tmp_path, content, match):
@@ -253,7 +253,7 @@ def test_other_networks_are_refused(tmp_path, content, match):
 
 def test_safetensors_of_another_network_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    refused(tmp_path / "other.safetensors", "225 of its 225")
+    refused(tmp_path / "other.safetensors", "225 of 225")
 
 
 def test_just_the_released_tensors_fit():
