@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATE', 'UNIT', 'DURATIONS', 'INSTALL', 'CONSONANT', 'VOWEL', 'PAIR', 'PAUSE', 'STRESS', 'LENGTHENS', 'EARLY',
            'FINAL_STEPS', 'QUIET', 'MERGED', 'with_output', 'check_hibari', 'Voice', 'process_voice', 'to_arpabet',
-           'step_levels', 'cut_silence', 'in_front_end_spelling', 'Utterance', 'speak', 'to_frames', 'speak_texts',
-           'spoken']
+           'step_levels', 'join_silences', 'cut_silence', 'in_front_end_spelling', 'Utterance', 'speak', 'to_frames',
+           'speak_texts', 'spoken']
 
 # %% ../nbs/03c_hibari.ipynb #a439c1f8
 import difflib
@@ -210,7 +210,7 @@ def step_levels(audio):
     return 10 * np.log10(power / power.max() + 1e-12) if power.any() else np.full(len(power), -120.0)
 
 
-def _join_silences(phones, steps):
+def join_silences(phones, steps):
     """[[phone, start, end]] in steps; sil and sp beside each other are one, and those around the text are
     left out."""
     rows, end = [], 0
@@ -233,7 +233,7 @@ def cut_silence(
     """(audio (600 * steps,), phones, steps) of the speech, the sound where the phones are. Raises ValueError
     where nothing is spoken."""
     audio = np.pad(audio, (EARLY, 0))[: len(audio)]
-    rows, level = _join_silences(phones, steps), step_levels(audio)
+    rows, level = join_silences(phones, steps), step_levels(audio)
     if not rows or level.max() < -100:
         raise ValueError("there is nothing to say in it")
     rows.append(["sp", rows[-1][2], len(level)])

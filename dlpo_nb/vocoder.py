@@ -69,6 +69,7 @@ class Vocoder:
     "Log-mel to sound."
 
     mel: MelConfig  # what it understands
+    identity: str  # changes where the sound of a spectrogram would
 
     def __call__(self, log_mel: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """Audio (B, T * hop) in [-1, 1] of log-mels (B, bands, T) whose items have `frames` (B,); 0 past
@@ -106,6 +107,7 @@ class GriffinLim(Vocoder):
 
     def __init__(self, mel: MelConfig, iterations: int = 32, momentum: float = 0.99, seed: int = 0):
         self.mel, self.iterations, self.momentum, self.seed = mel, iterations, momentum, seed
+        self.identity = f"griffinlim {iterations} {momentum} {seed}"
 
     @torch.no_grad()
     def invert(self, log_mel):

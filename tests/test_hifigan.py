@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from deterministic_weights import noise
 from dlpo_nb.core import UserError
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
-from dlpo_nb.hifigan import HifiGan, default_vocoder, fold
+from dlpo_nb.hifigan import HifiGan, fold
 from dlpo_nb.vocoder import HIFIGAN_MEL, SMALL_MEL, GriffinLim, get_vocoder
+from dlpo_nb.vocos import Vocos, default_vocoder
 from gradtts_weights import weight_values
 
 AUDIO = 1e-4  # the reference's tolerance; float32 differs from float64 by 8e-7
@@ -93,7 +94,7 @@ def test_a_policy_with_hifigans_mel_speaks_through_it_where_weights_are_named(sm
     monkeypatch.delenv("DLPO_HIFIGAN_WEIGHTS", raising=False)
     assert isinstance(default_vocoder(HIFIGAN_MEL), GriffinLim)
     monkeypatch.setenv("DLPO_HIFIGAN_WEIGHTS", str(saved(small, tmp_path / "small.pt")))
-    assert isinstance(default_vocoder(SMALL_MEL), GriffinLim)
+    assert isinstance(default_vocoder(SMALL_MEL), Vocos)
     policy = GradTTS(GradTTSConfig(encoder_layers=1, decoder_channels=8))
     assert isinstance(policy.vocoder, HifiGan) and not any("vocoder" in key for key in policy.state_dict())
 

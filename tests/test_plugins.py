@@ -178,7 +178,7 @@ def test_a_score_is_kept_with_the_content_of_the_plug_in_that_gave_it(registries
         keys.append(identity("0.5*y_bright + dnsmos", config))
     assert keys[0] == keys[1] != keys[2] and keys[0].keys() == {"y_bright"}
     assert sound_keys(System("a", "model", path), ["One."], NoiseSchedule.linear(), 0) != sound_keys(
-        System("a", "model", path), ["One."], NoiseSchedule.linear(), 0, plugin=keys[0]["y_bright"]
+        System("a", "model", path), ["One."], NoiseSchedule.linear(), 0, beyond=keys[0]["y_bright"]
     )
 
 

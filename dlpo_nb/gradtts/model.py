@@ -17,10 +17,10 @@ from ..diffusion import NoiseSchedule
 from . import small, text, unet
 from .encoder import Encoder
 from .sde import sde_schedule
-from ..hifigan import default_vocoder
 from ..policy import POLICIES, Conditioning, Policy, check_symbols, load_policy
 from ..text import SYMBOLS, text_to_ids
 from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, log_mel
+from ..vocos import default_vocoder
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #5fb64a15
 @dataclass(frozen=True)
