@@ -30,7 +30,7 @@ from dlpo_nb.audio import SoundWarning
 from dlpo_nb.core import RunDir, UserError, keyed_generator, plain, read_jsonl, run_main, save_tensors
 from dlpo_nb.corpus import load_corpus
 from dlpo_nb.hibari import DURATIONS, EARLY, RATE, Voice, join_silences, to_arpabet, with_output
-from dlpo_nb.optimisers import average_decay, update_average
+from dlpo_nb.optimisers import ema_decay, update_ema
 from dlpo_nb.distributed import write_environment
 from dlpo_nb.rewards import get_reward
 from dlpo_nb.vocoder import SMALL_MEL, log_mel
@@ -281,7 +281,7 @@ class Training:
             raise UserError(f"step {self.step}: the gradient is not finite; --resume with a smaller --lr")
         self.optimiser.step()
         self.step += 1
-        update_average(self.average, self.network, average_decay(self.step))
+        update_ema(self.average, self.network, ema_decay(self.step))
         return {name: value.item() for name, value in losses.items()}
 
     @torch.no_grad()
