@@ -22,7 +22,7 @@ from .core import Registry, UserError, counted
 from .corpus import collate
 from .diffusion import NoiseSchedule
 from .text import pad_ids
-from .weights import check_entries, read_weights, write_weights
+from .weights import NoInitialWeights, check_entries, read_weights, write_weights
 
 # %% ../nbs/04b_policy.ipynb #486671fc
 @dataclass
@@ -309,7 +309,7 @@ def load_policy(
             f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file"
         )
     entry = POLICIES.get(stored)
-    with torch.device("meta"):  # shapes only: no time spent on initial weights
+    with torch.device("meta"), NoInitialWeights():  # shapes only
         policy = entry(entry.read_config(path, state, metadata))
     expected = policy.state_dict()
     check_entries(path, stored, state, expected)

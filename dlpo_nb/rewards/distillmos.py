@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..audio import import_torchaudio
 from ..core import UserError, pick_device
 from .base import REWARDS, Reward, without_autocast
+from ..weights import NoInitialWeights
 
 # %% ../../nbs/25_distillmos.ipynb #8fd21d26
 def load_package(device="cpu"):
@@ -32,7 +33,7 @@ def load_package(device="cpu"):
 
     try:
         tensors = torch.load(DEFAULT_WEIGHTS_CHKPT, map_location="cpu", weights_only=True)["model"]
-        with torch.device("meta"):  # shapes only: no random numbers are drawn
+        with NoInitialWeights():
             network = ConvTransformerSQAModel(load_weights=False)
         network.load_state_dict(tensors, assign=True)
     except Exception as error:  # half a file, other names or shapes: many kinds, one meaning

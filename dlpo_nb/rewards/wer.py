@@ -20,7 +20,7 @@ import torch
 
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward, WeightsFrom, unusable, without_autocast
+from .base import REWARDS, Reward, WeightsFrom, unfit, without_autocast
 from .words import count_edits, spoken_words
 
 # %% ../../nbs/24a_wer.ipynb #88393b7f
@@ -363,7 +363,7 @@ class WER(Reward):
     def hear(self, clips, sample_rate):
         """What is heard in each clip (N_i,) at sample_rate Hz: a list of str for `pooled_wer`; "" for what
         cannot be scored."""
-        usable = [i for i, clip in enumerate(clips) if unusable(clip, sample_rate, "any", self) is None]
+        usable = [i for i, clip in enumerate(clips) if unfit(clip, sample_rate, self) is None]
         ready = [
             resample(clips[i].detach().float().cpu().clamp(-1, 1), sample_rate, self.sample_rate).clamp(-1, 1)
             for i in usable
