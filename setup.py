@@ -19,7 +19,8 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=["dlpo_nb", "dlpo_nb.*"]),
-    package_data={"dlpo_nb": ["assets/*", "assets/speech_train/*", "assets/speech_train/audio/*"]},
+    package_data={"dlpo_nb": ["assets/*", "assets/speech_train/*", "assets/speech_train/audio/*",
+                              "assets/speech_hibari/*", "assets/speech_hibari/audio/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -8,6 +8,7 @@ __all__ = ['SteadyPace', 'stand_in_base', 'stand_in_texts', 'stand_in_reward', '
 
 # %% ../nbs/42b_cost.ipynb #160fb87a
 import itertools
+import math
 import resource
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from .core import UserError, counted
 from .distributed import all_gather, rank, world_size
 from .finetune import Finetuner
+from .gradtts.model import GradTTS, GradTTSConfig
 from .inputs import banner, load_base, load_recordings, load_texts
 from .judges import judge_options
 from .rewards import get_reward
@@ -38,8 +40,15 @@ class SteadyPace(torch.nn.Module):
 
 
 def stand_in_base(arch="base"):
-    "A model of that size with random weights that speaks six frames per symbol."
+    "A model of that size with random weights that speaks six frames per symbol; gradtts: the released size."
     torch.manual_seed(0)
+    if arch == "gradtts":
+        model = GradTTS(GradTTSConfig.released()).eval()
+        last = model.encoder.proj_w.proj  # of its predictor, in logarithms; every second symbol is a blank
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.fill_(math.log(4))
+        return model
     model = new_model(arch).eval()
     model.resampling.duration_predictor = SteadyPace(6 / model.config.frame_rate)
     return model
@@ -83,7 +92,7 @@ def stand_ins(preset, config):
     given = [name for name, what in (("base", config.base_checkpoint), ("texts", config.texts)) if not what]
     if given and rank() == 0:
         print(f"stand-in: {' and '.join(given)} of the size that the preset wants")
-    arch = "small" if preset == "small" else "base"
+    arch = preset if preset in ("small", "gradtts") else "base"
     model = load_base(config) if config.base_checkpoint else stand_in_base(arch)
     texts = (
         load_texts(model, config.texts, "train", config.max_words) if config.texts else stand_in_texts(model)
@@ -106,7 +115,7 @@ def cheaper_probe(config, model, texts, device):  # -> config, texts, {phase: fa
     """A config and texts whose episode can be measured in about a minute,
     and what the seconds of its phases are to be multiplied with."""
     weights = sum(p.numel() for module in model.trainable() for p in module.parameters())
-    if device.type != "cpu" or config.batch_size * config.rollout_steps * weights < 2e9:
+    if device.type != "cpu" or config.batch_size * config.rollout_steps * weights < 5e9:
         return config, texts, dict.fromkeys(("rollout", "reward", "update"), 1.0)
     few = 2 * config.group_size * world_size()
     chain = dict(rollout_steps=3, fork=0, train_steps="last:1", denoising_steps=1, denoising_levels="random")

@@ -121,7 +121,7 @@ def measure(
     return rows
 
 # %% ../nbs/49a_heldout.ipynb #b02b3a84
-DEFAULT_JUDGES = ("nisqa", "wer")  # beside the reward of a run
+DEFAULT_JUDGES = ("dnsmos", "nisqa", "wer")  # beside the reward of a run
 
 
 def evaluation_judges(config, reward) -> dict:  # {name: reward}
@@ -130,7 +130,7 @@ def evaluation_judges(config, reward) -> dict:  # {name: reward}
     Raises UserError if given weights cannot be used."""
     judges = {config.reward: reward}
     for name in DEFAULT_JUDGES:
-        if all(weights_of(name, config).values()):
+        if name not in judges and all(weights_of(name, config).values()):
             judges[name] = get_reward(name, **judge_options(name, config, report=True))
     return judges
 

@@ -167,7 +167,9 @@ def speak_heldout(tuner, config, texts) -> dict:  # {base, tuned: list of (N_i,)
 
 def evaluate_run(run, audio, texts, judges, sample_rate) -> dict:
     "Have the spoken texts judged, audio at `sample_rate`; writes wavs and evaluation.csv, returns `compare`."
-    rows, speaker = {}, speaker_log_mels(texts)
+    rows = {}
+    # festival's, of a voice at the rate of the bases that were trained on it
+    speaker = speaker_log_mels(texts) if sample_rate == SAMPLE_RATE else None
     for name in audio:
         rows[name] = measure(audio[name], texts, judges, speaker, sample_rate)
         for i, wav in enumerate(audio[name]):

@@ -7,5 +7,5 @@ __all__ = []
 
 # %% ../nbs/13_all_policies.ipynb #8b077179
 from .gradtts.model import GradTTS
-from .policy import POLICIES, Policy, load_policy
+from .policy import POLICIES, Policy, kind_in, load_policy
 from .wavegrad2.model import WaveGrad2

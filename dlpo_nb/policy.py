@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICIES', 'Conditioning', 'state_mask', 'check_symbols', 'state_durations', 'recorded', 'check_policy', 'Policy',
            'evaluating', 'draw_noise', 'as_id_lists', 'synthesise', 'denoising_loss', 'duration_loss', 'stored_config',
-           'load_policy']
+           'kind_in', 'load_policy']
 
 # %% ../nbs/04b_policy.ipynb #45cd67d6
 import json
@@ -123,6 +123,7 @@ class Policy(nn.Module, ABC):
     sample_rate: int  # of the audio, Hz
     width: int  # numbers of state per frame
     frame_rate: float  # frames per second
+    reads_corpora = True  # whether its ids are those of the 151 symbols that corpora are written in
 
     def __init__(self, config):
         super().__init__()
@@ -295,6 +296,12 @@ def stored_config(entry, path, metadata):
         ) from error
 
 
+def kind_in(state: dict, metadata: dict, otherwise: str = "wavegrad2") -> str:
+    "The kind of the policy in a file of weights (`read_weights`), `otherwise` where nothing says it."
+    known = (name for name in POLICIES.names() if POLICIES.get(name).recognises(state))
+    return metadata.get("kind") or next(known, otherwise)
+
+
 def load_policy(
     path,  # a file of `Policy.save`, or a released checkpoint
     device="cpu",
@@ -302,8 +309,7 @@ def load_policy(
 ) -> Policy:  # in evaluation mode, float32; `.metadata` is what the file says about itself
     "Read a policy without executing anything in the file. Raises UserError if that cannot be done."
     state, metadata = read_weights(path)
-    known = (name for name in POLICIES.names() if POLICIES.get(name).recognises(state))
-    stored = metadata.get("kind") or next(known, kind or "wavegrad2")
+    stored = kind_in(state, metadata, kind or "wavegrad2")
     if kind not in (None, stored):
         raise UserError(
             f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file"

@@ -17,6 +17,7 @@ import soundfile
 import tyro
 
 from .audio import player_html, read_audio
+from .config import preset_of
 from .core import UserError, counted, run_main, split_lines
 from .figures import PANELS, control_difference, panel, read_run, reward_curve
 from .heldout import CAUTION, LABELS, direction, ordered, verdict
@@ -34,8 +35,8 @@ def control_command(run):
         for part in ("--" + key.replace("_", "-"), str(value))
     ]
     flags = run.config.get("flags", every)  # older runs did not record which flags differ from the preset
-    control, preset = str(Path(f"{run.path}-control")), run.config.get("preset", "tiny")
-    launch = ["python", "-m", "dlpo_nb.launch", preset, *flags]
+    control = str(Path(f"{run.path}-control"))
+    launch = ["python", "-m", "dlpo_nb.launch", preset_of(run.config), *flags]
     launch += ["--control", "shuffle-advantages", "--out", control]
     report = ["python", "-m", "dlpo_nb.report", str(run.path), control]
     return f"{shlex.join(launch)}\n{shlex.join(report)}"

@@ -213,8 +213,10 @@ def check_entries(path, kind: str, state: dict, expected: dict):
 class NoInitialWeights(TorchFunctionMode):
     "Modules made in this context have shapes, and weights that nobody has drawn: those of a file will follow."
 
+    draws = ("uniform_", "normal_")  # of tensors; torch.nn.init calls some of them unseen
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        if getattr(function, "__module__", "") == "torch.nn.init" or name in self.draws:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return function(*args, **kwargs)

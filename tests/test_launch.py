@@ -11,13 +11,17 @@ import pytest
 import torch
 
 from dlpo_nb import launch as module
+from dlpo_nb.config import preset_of, renamed
 from dlpo_nb.core import UserError, asset, run_main
-from dlpo_nb.inputs import banner, load_all_texts, load_base, load_reward
+from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
+from dlpo_nb.inputs import banner, load_all_texts, load_base, load_recordings, load_reward
 from dlpo_nb.judges import judge_options
 from dlpo_nb.launch import rehearse
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
+from dlpo_nb.policies import load_policy
+from dlpo_nb.policy import recorded as recorded_items
 from dlpo_nb.settings import LaunchConfig, parse, recorded, stored_config
 from dlpo_nb.rewards.wer import WER
 from dlpo_nb.wavegrad2.model import load_wavegrad2
@@ -88,8 +92,8 @@ def test_run_directory(finished):
 
 
 def test_tuned_checkpoint_differs_and_loads(finished):
-    tuned = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
-    base = load_wavegrad2(asset("tiny_base.safetensors")).state_dict()
+    tuned = load_policy(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
+    base = load_policy(asset("gradtts_small.safetensors")).state_dict()
     changed = {k.split(".")[0] for k in base if not torch.equal(base[k], tuned[k])}
     assert changed == {"decoder"}
 
@@ -111,8 +115,8 @@ def test_resume_goes_on(finished, tmp_path):
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["episode"] for r in rows] == [0, 1]
-    whole = load_wavegrad2(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
-    halves = load_wavegrad2(out / "checkpoints" / "tuned.safetensors").state_dict()
+    whole = load_policy(finished[0] / "checkpoints" / "tuned.safetensors").state_dict()
+    halves = load_policy(out / "checkpoints" / "tuned.safetensors").state_dict()
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
 
 
@@ -159,7 +163,7 @@ def test_a_resumed_run_has_no_fewer_episodes_than_are_done(finished):
     "flags",
     [
         ["--advantage", "batch"],
-        ["--fork", "0"],
+        ["--fork", "9"],
         ["--train-steps", "last:2"],
         ["--heldout", "1"],
         ["--max-words", "3"],
@@ -292,8 +296,11 @@ def test_an_episode_of_every_method(method, launch_here, tmp_path):
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["grad_norm"] > 0 and row.get("ratio/mean", 1.0) == 1.0, "the first update is exactly on-policy"
     base, tuned = (
-        load_wavegrad2(path).state_dict()
-        for path in (asset("tiny_base.safetensors"), tmp_path / "run" / "checkpoints" / "tuned.safetensors")
+        load_policy(path).state_dict()
+        for path in (
+            asset("gradtts_small.safetensors"),
+            tmp_path / "run" / "checkpoints" / "tuned.safetensors",
+        )
     )
     assert {k.split(".")[0] for k in base if not torch.equal(base[k], tuned[k])} == {"decoder"}
 
@@ -302,6 +309,103 @@ def test_an_episode_of_every_method(method, launch_here, tmp_path):
 def test_what_every_method_will_cost(method, launch_here):
     code, printed, complaint = launch_here("--method", method, "--dry-run", *TINY)
     assert code == 0 and f"{method} on preset tiny" in printed and "minutes" in printed, complaint
+
+
+PRESET_RUNS = {
+    "tiny": ("gradtts_small", "distillmos", "trailing", 0.2, 64),
+    "wavegrad-tiny": ("tiny_base", "dnsmos", "geometric", 0.5, 32),
+    "tiny-paper": ("tiny_base", "dnsmos", "geometric", 1.0, 32),
+}
+
+
+@pytest.mark.parametrize("preset", PRESET_RUNS)
+def test_a_preset_is_its_numbers(preset):
+    name, config = parse([preset])
+    settings = config.flat()
+    found = [settings[key] for key in ("base_checkpoint", "reward", "spacing", "beta", "batch_size")]
+    assert name == preset and tuple(found) == PRESET_RUNS[preset]
+
+
+def test_the_preset_of_wavegrad_2_is_what_was_recorded_as_tiny():
+    """Number for number, as far as the record of before has the setting."""
+    record = json.loads((ROOT / "results" / "tiny_dlpo" / "dlpo-seed0" / "config.json").read_text())
+    assert preset_of(record) == "wavegrad-tiny"
+    settings = parse(["wavegrad-tiny"])[1].flat()
+    away = {"out", "threads", "device", "resume", "nisqa_weights"}
+    before = {key: value for key, value in renamed(record).items() if key in settings and key not in away}
+    assert len(before) > 25 and {key: settings[key] for key in before} == before
+
+
+@pytest.mark.parametrize(
+    "record, preset",
+    [
+        (dict(preset="tiny"), "wavegrad-tiny"),  # the first runs had no spacing
+        (dict(preset="tiny", spacing="geometric", flags=[]), "wavegrad-tiny"),
+        (dict(preset="tiny", spacing="trailing", flags=["--spacing", "trailing"]), "wavegrad-tiny"),
+        (dict(preset="tiny", spacing="trailing", flags=["--seed", "1"]), "tiny"),
+        (dict(preset="tiny", spacing="geometric", flags=["--spacing", "geometric"]), "tiny"),
+        (dict(preset="paper", spacing="trailing", flags=[]), "paper"),
+    ],
+)
+def test_a_preset_keeps_its_runs_when_it_is_renamed(record, preset):
+    assert preset_of(record) == preset
+
+
+def test_the_preset_fits_the_kind_of_the_base(tmp_path):
+    assert parse(["--base-checkpoint", "tiny_base"])[0] == "wavegrad-tiny"
+    assert parse(["--method", "ddpo", "--base-checkpoint", "gradtts_small"])[0] == "tiny"
+    with pytest.raises(UserError, match="preset tiny has .* of a gradtts, and tiny_base .* wavegrad-tiny or"):
+        parse(["tiny", "--base-checkpoint", "tiny_base"])
+    with pytest.raises(UserError, match="preset paper .* holds a gradtts; give tiny or gradtts"):
+        parse(["paper", "--base-checkpoint=gradtts_small"])
+
+
+def test_a_released_grad_tts_by_its_preset(tmp_path, launch_here):
+    """A tiny one in the released layout; its own symbols, so no recordings, and texts from a file."""
+    torch.manual_seed(0)
+    sizes = dict(
+        encoder_channels=16, encoder_hidden=24, encoder_layers=1, duration_hidden=16, decoder_channels=16
+    )
+    voice = GradTTS(GradTTSConfig(**sizes))
+    with torch.no_grad():
+        voice.encoder.proj_w.proj.weight.zero_()
+        voice.encoder.proj_w.proj.bias.fill_(1.5)
+    torch.save(voice.state_dict(), tmp_path / "grad-tts.pt")
+    (tmp_path / "texts.txt").write_text("The bell rings.\nSnow fell.\n")
+    given = ["--texts", tmp_path / "texts.txt", "--heldout-texts", tmp_path / "texts.txt", *TINY]
+    given += ["--base-checkpoint", tmp_path / "grad-tts.pt", "--reward", "dnsmos", "--watch-every", 0]
+    short = ["--rollout-steps", 3, "--train-steps", "all", "--denoising-steps", 1, "--episodes", 1]
+    short += ["--heldout", 0]  # what random weights say is no sound
+    code, printed, complaint = launch_here("gradtts", *given, *short, "--out", tmp_path / "run")
+    assert code == 0 and "dlpo on preset gradtts" in printed, complaint
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["ratio/mean"] == 1.0 and row["grad_norm/penalty"] > 0
+    code, _, complaint = launch_here(
+        "gradtts", *given, "--denoising-source", "data", "--out", tmp_path / "no"
+    )
+    assert code == 2 and "--denoising-source sample" in complaint
+
+
+def test_what_the_presets_at_full_size_want(launch_here):
+    for preset, words in {"paper": ["--corpus"], "gradtts": ["--base-checkpoint", "--texts"]}.items():
+        code, _, complaint = launch_here(preset)
+        assert code == 2 and all(word in complaint for word in words), complaint
+
+
+def test_the_packaged_recordings_fit_the_packaged_voices():
+    for preset, rate in {"tiny": 24000, "wavegrad-tiny": 22050}.items():
+        config = parse([preset])[1]
+        corpus, policy = load_recordings(config, load_base(config)), load_base(config)
+        assert policy.sample_rate == rate and len(corpus) >= 64
+        batch = recorded_batch_of(policy, corpus[:3].items)
+        assert torch.isfinite(batch).all() and 0.05 < batch.std() < 3
+
+
+def recorded_batch_of(policy, items):
+    """The states x_0 of recordings, as the denoising loss takes them."""
+    batch = recorded_items(policy, items)
+    conditioning = policy.condition(batch["ids"], batch["lengths"], durations=batch["durations"])
+    return policy.analyse(batch["audio"], conditioning)
 
 
 def test_the_papers_weights_are_a_preset():

@@ -28,6 +28,7 @@ def run(experiment, name, flags, threads):
         sys.executable,
         "-m",
         "dlpo_nb.launch",
+        "wavegrad-tiny",
         "--out",
         str(out.relative_to(ROOT)),
         "--threads",

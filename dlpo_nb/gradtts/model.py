@@ -160,6 +160,7 @@ class GradTTS(MelPolicy):
         super().__init__(config)
         self.encoder, self.decoder, mel, stack = make_networks(config)
         self.set_mel(mel, stack)
+        self.reads_corpora = config.network == "small"
         if config.n_speakers > 1:
             self.spk_emb = nn.Embedding(config.n_speakers, config.speaker_channels)
         self.dictionary = None  # of the released text front end, see `gradtts.text.read_dictionary`

@@ -38,7 +38,9 @@ def episode(processes):
             Path(folder) / "run",
         ]
         subprocess.run(
-            [sys.executable, "-m", "dlpo_nb.launch", *map(str, flags)], check=True, capture_output=True
+            [sys.executable, "-m", "dlpo_nb.launch", "wavegrad-tiny", *map(str, flags)],
+            check=True,
+            capture_output=True,
         )
         return read_jsonl(Path(folder) / "run" / "metrics.jsonl")[-1]
 
