@@ -185,7 +185,7 @@ def test_the_record_of_a_finished_run(finished):
         "alpha": 1.0,
         "clip_range": 1e-4,
         "estimator": "ratio",
-        "beta": 0.5,
+        "beta": 0.2,
         "denoising_source": "data",
         "penalty_parts": "direct",
     }
@@ -195,7 +195,7 @@ def test_the_record_of_a_finished_run(finished):
         "texts",
         "corpus",
     }
-    assert stored_config(finished[0])[1].objective.beta == 0.5
+    assert stored_config(finished[0])[1].objective.beta == 0.2
 
 
 def test_an_objective_of_ones_own_is_recorded_as_it_was_built(capsys):
@@ -207,8 +207,8 @@ def test_an_objective_of_ones_own_is_recorded_as_it_was_built(capsys):
     OBJECTIVES.register("cautious")(Cautious)
     try:
         config = LaunchConfig.of("cautious").resolved()
-        banner("tiny", config, ["one"], [])
-        record = recorded("tiny", config, {})
+        banner("wavegrad-tiny", config, ["one"], [])
+        record = recorded("wavegrad-tiny", config, {})
         again = LaunchConfig.of("cautious", beta=record["beta"]).resolved().objective
     finally:
         OBJECTIVES.entries.pop("cautious")
@@ -326,6 +326,14 @@ def test_a_preset_is_its_numbers(preset):
     assert name == preset and tuple(found) == PRESET_RUNS[preset]
 
 
+def test_what_a_preset_has_for_one_method_is_not_taken_by_another():
+    assert parse(["--method", "dpok"])[1].objective.beta == OBJECTIVES.get("dpok")().beta
+    config = parse(["--method", "klinr", "--beta", "0.3"])[1]
+    assert config.objective.beta == 0.3
+    assert recorded("tiny", config, {})["flags"] == ["--method", "klinr", "--beta", "0.3"]
+    assert recorded("tiny", parse([])[1], {})["flags"] == []
+
+
 def test_the_preset_of_wavegrad_2_is_what_was_recorded_as_tiny():
     """Number for number, as far as the record of before has the setting."""
     record = json.loads((ROOT / "results" / "tiny_dlpo" / "dlpo-seed0" / "config.json").read_text())
@@ -351,7 +359,7 @@ def test_a_preset_keeps_its_runs_when_it_is_renamed(record, preset):
     assert preset_of(record) == preset
 
 
-def test_the_preset_fits_the_kind_of_the_base(tmp_path):
+def test_the_preset_fits_the_kind_of_the_base():
     assert parse(["--base-checkpoint", "tiny_base"])[0] == "wavegrad-tiny"
     assert parse(["--method", "ddpo", "--base-checkpoint", "gradtts_small"])[0] == "tiny"
     with pytest.raises(UserError, match="preset tiny has .* of a gradtts, and tiny_base .* wavegrad-tiny or"):
