@@ -88,8 +88,8 @@ def load_recordings(config, policy):
         return None
     if not policy.reads_corpora:
         raise UserError(
-            "this base reads other symbols than recordings are written in; take the denoising loss on its own "
-            "speech: --denoising-source sample"
+            "this base reads other symbols than recordings are written in; take the denoising loss on its "
+            "own speech: --denoising-source sample"
         )
     folder = asset(SPEECH.get(policy.sample_rate, SPEECH[SAMPLE_RATE])) if packaged else config.corpus
     return load_corpus(folder, policy.sample_rate)

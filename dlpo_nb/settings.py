@@ -95,8 +95,9 @@ class LaunchConfig(FinetuneConfig):
 # %% ../nbs/42_settings.ipynb #1fbe4a79
 PRESETS = {  # settings by their flat names; a method takes those that it has, and those under its name
     "tiny": dict(
-        base_checkpoint="gradtts_small", reward="distillmos", dlpo=dict(beta=0.2), episodes=24, batch_size=64, group_size=8,
-        micro_batch=64, fork=0, spacing="trailing", train_steps="all", denoising_frames=0, learning_rate=1.5e-4,
+        base_checkpoint="gradtts_small", reward="distillmos", dlpo=dict(beta=0.2), episodes=24,
+        batch_size=64, group_size=8, micro_batch=64, fork=0, spacing="trailing", train_steps="all",
+        denoising_frames=0, learning_rate=1.5e-4,
     ),
     "wavegrad-tiny": {},
     "tiny-paper": dict(beta=1.0, denoising_steps=10),
@@ -113,8 +114,8 @@ PRESETS = {  # settings by their flat names; a method takes those that it has, a
     "gradtts": dict(
         base_checkpoint="", texts="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa",
         denoising_source="sample", denoising_frames=0, beta=1.0, denoising_steps=10, train_steps="random:10",
-        rollout_steps=50, spacing="trailing", fork=0, batch_size=64, group_size=8, micro_batch=8, episodes=160,
-        learning_rate=3e-5, watch_every=10, watch_texts=32,
+        rollout_steps=50, spacing="trailing", fork=0, batch_size=64, group_size=8, micro_batch=8,
+        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32,
     ),
 }  # fmt: skip
 TUNES = dict.fromkeys(PRESETS, "wavegrad2") | {"tiny": "gradtts", "gradtts": "gradtts"}  # kinds of policies
@@ -138,11 +139,11 @@ A PRESET may come first: python -m dlpo_nb.launch [PRESET] [OPTIONS].
   paper: WaveGrad 2 Base on LJSpeech with UTMOS as reward and NISQA logged beside it, on GPUs; it needs
     --base-checkpoint, --corpus, --texts, --heldout-texts, --watch-from (made by python -m dlpo_nb.ljspeech),
     --utmos-weights and --nisqa-weights. --rollout-steps 50 samples with a twentieth of the steps.
-  gradtts: the released Grad-TTS on texts of LJSpeech with UTMOS as reward and NISQA logged beside it, on GPUs;
-    it needs --base-checkpoint grad-tts.pt, --texts, --heldout-texts and --watch-from (made by
+  gradtts: the released Grad-TTS on texts of LJSpeech with UTMOS as reward and NISQA logged beside it, on
+    GPUs; it needs --base-checkpoint grad-tts.pt, --texts, --heldout-texts and --watch-from (made by
     python -m dlpo_nb.ljspeech, or files), --utmos-weights and --nisqa-weights, and its vocoder in
-    DLPO_HIFIGAN_WEIGHTS (else Griffin-Lim). The penalty is taken on its own speech: it reads other symbols than
-    our corpora have.
+    DLPO_HIFIGAN_WEIGHTS (else Griffin-Lim). The penalty is taken on its own speech: it reads other symbols
+    than our corpora have.
 
 A run speaks batches of texts (rollouts), has them scored by a reward, and follows the policy gradient of the
 chosen method. Then base and tuned model speak the held-out texts with the same noise; a table compares them,
@@ -190,7 +191,7 @@ def parse(argv=None):
 
 
 def fitting_preset(preset, bases: list) -> str:
-    """The preset that is named, or else the tiny one for the kind of the base that is given (the last of `bases`).
+    """The preset that is named, or else the tiny one for the kind of the base: the last of `bases`, as given.
 
     Raises UserError if the preset named is for the other kind, whose chain has other steps."""
     if not bases or not bases[-1]:
@@ -199,8 +200,8 @@ def fitting_preset(preset, bases: list) -> str:
     fitting = {"wavegrad2": "wavegrad-tiny", "gradtts": "tiny"}
     if preset and kind in fitting and kind != TUNES[preset]:
         raise UserError(
-            f"preset {preset} has the steps and the reward of a {TUNES[preset]}, and {bases[-1]} holds a {kind}; "
-            f"give {' or '.join(name for name in PRESETS if TUNES[name] == kind)} as preset."
+            f"preset {preset} has the steps and the reward of a {TUNES[preset]}, and {bases[-1]} holds a "
+            f"{kind}; give {' or '.join(name for name in PRESETS if TUNES[name] == kind)} as preset."
         )
     return preset or fitting.get(kind, "tiny")
 

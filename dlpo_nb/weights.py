@@ -211,7 +211,7 @@ def check_entries(path, kind: str, state: dict, expected: dict):
 
 # %% ../nbs/04a_weights.ipynb #7b21c6f2
 class NoInitialWeights(TorchFunctionMode):
-    "Modules made in this context have shapes, and weights that nobody has drawn: those of a file will follow."
+    "Modules made in this context have shapes, and weights that nobody has drawn: a file will bring them."
 
     draws = ("uniform_", "normal_")  # of tensors; torch.nn.init calls some of them unseen
 

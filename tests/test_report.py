@@ -189,7 +189,7 @@ def test_the_control_command_repeats_the_settings(tmp_path):
         RunDir(path).read_json("config.json") | {"beta": 0.625, "texts": "my texts.txt", "out": "x"},
     )
     command = control_command(read_run(path)).splitlines()
-    assert command[0].startswith("python -m dlpo_nb.launch tiny ")
+    assert command[0].startswith("python -m dlpo_nb.launch wavegrad-tiny ")
     for part in ("--seed 7", "--beta 0.625", "--texts 'my texts.txt'", "--control shuffle-advantages"):
         assert part in command[0]
     assert len(re.findall("--out", command[0])) == 1 and command[1].startswith("python -m dlpo_nb.report ")
@@ -220,7 +220,7 @@ def test_a_method_that_this_process_does_not_know(tmp_path):
     )
     page = checked(write_report(path))
     assert (
-        "launch tiny --method positive --beta 2.0 --control" in page.said
+        "launch wavegrad-tiny --method positive --beta 2.0 --control" in page.said
         and "Settings were changed on the way" in page.said
     )
 

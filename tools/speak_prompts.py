@@ -1,7 +1,7 @@
 """Make the packaged recordings of the natural voice: `python tools/speak_prompts.py`.
 
-hibari (Apache-2.0, the extra [voice]) speaks the first 64 train prompts of at most four words, at 24 kHz, into
-dlpo_nb/assets/speech_hibari: what the packaged Grad-TTS is held to where the penalty is taken on recordings.
+hibari (Apache-2.0, the extra [voice]) speaks the first 64 train prompts of at most four words, at 24 kHz,
+into dlpo_nb/assets/speech_hibari: what holds the packaged Grad-TTS where the penalty is taken on recordings.
 """
 
 import shutil
