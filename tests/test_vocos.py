@@ -131,7 +131,7 @@ def test_the_packaged_file_is_small_and_written_as_it_is_read(vocoder, tmp_path,
         (dict, dict(vocos=dict(bands=100, layers=3)), "holds no vocoder"),
         (dict, dict(vocos=dict(bands=100, channels=16, dilations=[1])), "shape"),
         (lambda s: {k: v for k, v in s.items() if "head" not in k}, None, "lacks 2 entries"),
-        (lambda s: s | {"more": torch.zeros(1)}, None, "1 entries too many"),
+        (lambda s: s | {"more": torch.zeros(1)}, None, "1 entry too many"),
         (lambda s: s | {"head.bias": s["head.bias"] / 0}, None, "not finite"),
     ],
 )
