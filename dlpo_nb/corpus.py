@@ -106,6 +106,7 @@ class Item:
     path: Path
     held: np.ndarray | None = None  # the audio, where the corpus is held in memory
     sample_rate: int = SAMPLE_RATE
+    voice: str = ""  # who speaks, where the manifest says it
 
     @property
     def audio(self):
@@ -168,7 +169,8 @@ def load_corpus(
 
     def read(row, end):
         path = folder / "audio" / f"{row['id']}.flac"
-        item = Item(row["id"], row["text"], row["phones"], row["frames"], path, sample_rate=sample_rate)
+        said = row["id"], row["text"], row["phones"], row["frames"]
+        item = Item(*said, path, sample_rate=sample_rate, voice=row.get("voice", ""))
         if audio is None:
             read_flac(item.path, item.samples, decode=False, sample_rate=sample_rate)
             return item

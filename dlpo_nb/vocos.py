@@ -150,8 +150,8 @@ class Vocos(Vocoder):
             return sound(self.network.to(log_mel.device)(log_mel.float()))
 
 
-def default_vocoder(mel: MelConfig) -> Vocoder:
-    """The one that DLPO_VOCODER names; else vocos for the small mel, HiFi-GAN for its own where
-    DLPO_HIFIGAN_WEIGHTS names its weights, and Griffin-Lim for any other."""
+def default_vocoder(mel: MelConfig, name: str = "") -> Vocoder:
+    """The one that DLPO_VOCODER names, else `name`; without either vocos for the small mel, HiFi-GAN for its
+    own where DLPO_HIFIGAN_WEIGHTS names its weights, and Griffin-Lim for any other."""
     own = {SMALL_MEL: "vocos"} | ({HIFIGAN_MEL: "hifigan"} if os.environ.get(HIFIGAN_WEIGHTS) else {})
-    return get_vocoder(os.environ.get(NAME_VARIABLE) or own.get(mel, "griffinlim"), mel)
+    return get_vocoder(os.environ.get(NAME_VARIABLE) or name or own.get(mel, "griffinlim"), mel)

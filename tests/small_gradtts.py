@@ -18,7 +18,7 @@ def shrunk():
     """A context in which the architecture gradtts-small has the size for tests."""
     small = GradTTSConfig.small
     return mock.patch.object(
-        GradTTSConfig, "small", classmethod(lambda cls, *statistics: small(*statistics, **SIZES))
+        GradTTSConfig, "small", classmethod(lambda cls, *known, **more: small(*known, **(SIZES | more)))
     )
 
 

@@ -22,6 +22,8 @@ from dlpo_nb.policy import load_policy, recorded, state_durations
 from dlpo_nb.pretrain import fit, prepare
 from dlpo_nb.pretrain_settings import PretrainConfig, parse
 from dlpo_nb.recipes import budget_batches, recipe_for, stratified_levels
+from dlpo_nb.vocoder import GriffinLim
+from dlpo_nb.vocos import Vocos
 
 TINY_UNET = GradTTSConfig(
     encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16
@@ -69,6 +71,18 @@ def test_resume_is_exact(config, tmp_path):
     assert set(rows[-1]["validation"]) >= {"16", "850", "duration"}
     saved = load_policy(config.out / "base.safetensors")
     assert saved.kind == whole.model.kind and saved.metadata["steps"] == "8"
+
+
+def test_a_base_is_heard_by_a_vocoder_that_knows_its_speaker(tmp_path, monkeypatch):
+    """The packaged one knows hibari only; the choice is kept in the base."""
+    monkeypatch.delenv("DLPO_VOCODER", raising=False)
+    items = load_corpus(write_corpus(tmp_path / "corpus", 24000), 24000)
+    recipe = recipe_for(PretrainConfig(tmp_path, tmp_path, arch="gradtts-small", steps=1))
+    other, known = recipe.new_policy(items), recipe.new_policy([replace(i, voice="hibari") for i in items])
+    assert isinstance(other.vocoder, GriffinLim) and isinstance(known.vocoder, Vocos)
+    assert recipe.fits(known, other)  # a base of one voice begins another
+    other.save(tmp_path / "base.safetensors")
+    assert isinstance(load_policy(tmp_path / "base.safetensors").vocoder, GriffinLim)
 
 
 def test_processes_add_up(config, monkeypatch):

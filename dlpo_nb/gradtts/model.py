@@ -42,6 +42,7 @@ class GradTTSConfig:
     mel_mean: float = 0.0  # of the log-mels, all bands together
     mel_std: float = 1.0
     residual_std: float = 1.0  # what x - mu is divided by
+    vocoder: str = ""  # the one that knows its speaker; empty: the usual one of its mel
 
     def __post_init__(self):
         if self.network not in ("unet", "small"):
@@ -102,12 +103,13 @@ class MelPolicy(Policy):
     decoder: nn.Module  # predict_noise(y (B, T, width), hidden, level, frames) -> (B, T, width)
 
     def set_mel(self, mel, stack):
-        "Say what the state is, and how it is heard: by `default_vocoder`."
+        "Say what the state is, and how it is heard: by the configuration's vocoder, or `default_vocoder`."
         self.mel, self.stack, self.hop = mel, stack, stack * mel.hop  # hop: samples per frame of state
         self.sample_rate = mel.sample_rate
         self.width = stack * mel.bands
         self.frame_rate = mel.sample_rate / self.hop
-        self.__dict__["vocoder"] = default_vocoder(mel)  # past nn.Module: not a part of the weights
+        name = getattr(self.config, "vocoder", "")
+        self.__dict__["vocoder"] = default_vocoder(mel, name)  # past nn.Module: not a part of the weights
 
     def expected(self, conditioning):  # -> (B, T, width)
         "mu of each frame, in normalised mel."
