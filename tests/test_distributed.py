@@ -235,7 +235,7 @@ def test_one_sentence_from_many_processes(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--nproc-per-node", "8"], ["4 texts for 8 processes"]),
+        (["wavegrad-tiny", "--nproc-per-node", "8"], ["4 texts for 8 processes"]),
         (["--nnodes", "2"], ["--rdzv-endpoint", "--out"]),
         (["--nproc-per-node", "0"], ["at least 1"]),
     ],
