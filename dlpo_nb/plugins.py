@@ -96,7 +96,8 @@ def load_plugins(
 def flag_values(argv: list, flag: str) -> list:
     "What is given for `flag` in the arguments of a command, as --flag VALUE or --flag=VALUE, in their order."
     pairs = [(part.partition("="), after) for part, after in zip(argv, [*argv[1:], ""])]
-    return [value if equals else after for (name, equals, value), after in pairs if name == f"--{flag}"]
+    found = [(name.replace("_", "-"), value if equals else after) for (name, equals, value), after in pairs]
+    return [value for name, value in found if name == f"--{flag}"]
 
 
 def run_plugins(

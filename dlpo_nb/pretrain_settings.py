@@ -106,14 +106,15 @@ NOT_NEGATIVE = (
 def recorded_settings(argv) -> dict:
     "Settings of the run that a command line resumes, as they hold now; none if it begins one."
     out = flag_values(argv, "out")
-    path = Path(out[-1] if out else "", "config.json")
-    if "--resume" not in argv or not path.is_file():
+    path = Path(*out[-1:], "config.json")
+    if not out or "--resume" not in argv or not path.is_file():
         return {}
     try:
         record = in_force(json.loads(path.read_text(encoding="utf-8")))
         names = {field.name for field in fields(PretrainConfig)} - {"plugin"}  # known by now
         settings = {name: value for name, value in record.items() if name in names}
         settings |= {name: Path(settings[name]) for name in ("corpus", "out")}
+        record["window_frames"]  # which the runs of `launch` have not
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the record of a training of a base ({error!r}), so it cannot be resumed; give "

@@ -60,6 +60,10 @@ class Recipe(ABC):
         "Whether training can start from a base instead of a fresh policy."
         return base.kind == fresh.kind and base.config == fresh.config
 
+    def begin_with(self, base, fresh):
+        "A base that fits, as this training starts with it."
+        return base
+
     def symbol_table(self, policy):
         "The embedding (symbols, channels) of our 151 symbols; None if the policy has another set."
         return None
@@ -223,6 +227,14 @@ class GradTTSRecipe(UtteranceRecipe):
             return False
         measured = {name: getattr(fresh.config, name) for name in ("mel_mean", "mel_std", "vocoder")}
         return replace(base.config, **measured) == fresh.config
+
+    def begin_with(self, base, fresh):
+        "The base, with the vocoder for the speaker of this corpus."
+        if base.config.vocoder == fresh.config.vocoder:
+            return base
+        policy = GradTTS(replace(base.config, vocoder=fresh.config.vocoder))
+        policy.load_state_dict(base.state_dict())
+        return policy
 
     def means(self, policy, batch):
         mel = policy.normalised_mel(batch["audio"], batch["frames"])

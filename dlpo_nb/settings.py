@@ -270,6 +270,12 @@ def check_inputs(record, inputs, config):
                 f"--{name.replace('_', '-')} {getattr(config, name)} is not what the run in {config.out} "
                 "was begun with; give the same content again, or start a new run."
             )
+    heard = record.get("inputs", {}).get("vocoder")  # runs of before do not say it
+    if heard is not None and heard != inputs["vocoder"]:
+        raise UserError(
+            f"the run in {config.out} was heard through another vocoder ({heard or 'none'}, now "
+            f"{inputs['vocoder'] or 'none'}); set DLPO_VOCODER and its weights as before, or start a new run"
+        )
 
 # %% ../nbs/42_settings.ipynb #b143afbc
 def flags_beyond(preset, settings) -> list:
@@ -305,6 +311,7 @@ def read_inputs(config, tuner, heldout, watched) -> dict:
         "heldout_texts": fingerprint(heldout),
         "watch_from": fingerprint(watched),
         "corpus": fingerprint([(item.text, item.frames) for item in tuner.corpus or []]),
+        "vocoder": getattr(getattr(tuner.model, "vocoder", None), "identity", ""),
     }
 
 

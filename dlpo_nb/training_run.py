@@ -61,7 +61,7 @@ def first_model(config, recipe, items):
             f"{config.start_from} is not of the size --arch {config.arch}; "
             "give the --arch it was trained with"
         )
-    return base
+    return recipe.begin_with(base, fresh)
 
 
 def load_items(config, sample_rate):

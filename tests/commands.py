@@ -22,7 +22,9 @@ SERVER = Path(__file__).resolve()
 
 
 def run(module, *flags, cwd=ROOT, timeout=600, **env) -> subprocess.CompletedProcess:
-    "python -m dlpo_nb.MODULE FLAGS: its returncode, stdout and stderr. Raises TimeoutExpired."
+    """python -m dlpo_nb.MODULE FLAGS: its returncode, stdout and stderr. Raises TimeoutExpired.
+
+    Variables in `env` that torch reads when it is imported come too late."""
     if not hasattr(os, "fork"):
         command = [sys.executable, "-m", f"dlpo_nb.{module}", *map(str, flags)]
         options = dict(cwd=cwd, timeout=timeout, env=os.environ | env)
@@ -53,8 +55,10 @@ def _ask(process, job, timeout):
     "Exit status of a job."
     process.stdin.write(json.dumps(job) + "\n")
     process.stdin.flush()
-    child = int(process.stdout.readline())
-    late = threading.Event()
+    if not (answer := process.stdout.readline()):
+        server.cache_clear()
+        raise RuntimeError(f"the server of the commands has ended with status {process.wait()}")
+    child, late = int(answer), threading.Event()
     alarm = threading.Timer(timeout, lambda: (late.set(), os.kill(child, signal.SIGKILL)))
     alarm.start()
     code = int(process.stdout.readline())

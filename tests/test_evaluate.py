@@ -487,10 +487,10 @@ def test_a_run_is_judged_for_its_words_where_a_whisper_is(monkeypatch):
     monkeypatch.setattr("dlpo_nb.rewards.nisqa.find_nisqa_weights", lambda: None)
     monkeypatch.delenv("STUB", raising=False)
     config, reward = SimpleNamespace(reward="judge", device="cpu"), Seconds()
-    assert list(evaluation_judges(config, reward)) == ["judge"]
+    assert list(evaluation_judges(config, reward)) == ["judge", "dnsmos"]
     monkeypatch.setenv("STUB", "a model")
     judges = evaluation_judges(config, reward)
-    assert list(judges) == ["judge", "wer"] and judges["judge"] is reward
+    assert list(judges) == ["judge", "dnsmos", "wer"] and judges["judge"] is reward
     audio = [torch.sin(torch.arange(16000) * 0.05) / 9] * 2
     rows = measure(audio, TEXTS[:2], judges, sample_rate=16000)
     assert [row["wer"] for row in rows] == [1.5, 1.5] and [row["judge"] for row in rows] == [1, 1]

@@ -22,7 +22,7 @@ from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.policies import load_policy
 from dlpo_nb.policy import recorded as recorded_items
-from dlpo_nb.settings import LaunchConfig, parse, recorded, stored_config
+from dlpo_nb.settings import SAME_CONTENT, LaunchConfig, check_inputs, parse, recorded, stored_config
 from dlpo_nb.rewards.wer import WER
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
@@ -157,6 +157,14 @@ def test_a_resumed_run_has_no_fewer_episodes_than_are_done(finished):
     with pytest.raises(UserError, match="--episodes is 1, .* has done 2"):
         parse(["--out", str(finished[0]), "--resume", "--episodes", "1"])
     assert parse(["--out", str(finished[0]), "--resume"])[1].episodes == 2
+
+
+def test_a_resumed_run_is_heard_through_the_same_vocoder():
+    inputs = dict.fromkeys(SAME_CONTENT, "x") | {"vocoder": "vocos 1"}
+    check_inputs({"inputs": inputs}, inputs, LaunchConfig())
+    check_inputs({"inputs": dict.fromkeys(SAME_CONTENT, "x")}, inputs, LaunchConfig())  # a run of before
+    with pytest.raises(UserError, match="another vocoder .vocos 1, now griffinlim 32"):
+        check_inputs({"inputs": inputs}, inputs | {"vocoder": "griffinlim 32"}, LaunchConfig())
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,7 @@ def test_a_resumed_run_reads_its_settings_without_a_warning(registries, tmp_path
 
 def test_which_plug_ins_a_run_has(registries, tmp_path):
     assert flag_values(["--plugin", "a.py", "--plugin=b.py", "--plug", "c.py"], "plugin") == ["a.py", "b.py"]
+    assert flag_values(["--base_checkpoint", "x", "--base-checkpoint=y"], "base-checkpoint") == ["x", "y"]
     old, new = tmp_path / "old" / "my.py", tmp_path / "new" / "my.py"
     for path in (old, new):
         path.parent.mkdir()

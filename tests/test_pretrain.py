@@ -243,7 +243,7 @@ def test_a_training_that_is_under_way_is_left_alone(config):
     assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
-def test_a_resumed_training_knows_its_settings(config):
+def test_a_resumed_training_knows_its_settings(config, monkeypatch):
     """The folder is enough; another length may be in the other unit; what was changed since holds."""
     fit(prepare(replace(config, seed=3, window_frames=20)), last_step=1)
     words = ["--out", str(config.out), "--resume"]
@@ -252,9 +252,13 @@ def test_a_resumed_training_knows_its_settings(config):
     assert again.corpus == Path(config.corpus) and parse([*words, "--steps", "9"]).steps == 9
     longer = parse([*words, "--minutes", "5", "--log-every", "7"])
     assert (longer.steps, longer.minutes, longer.log_every, longer.seed) == (0, 5.0, 7, 3)
-    (config.out / "config.json").write_text('{"preset": "tiny"}')
-    with pytest.raises(UserError, match="not the record of a training"):
-        parse(words)
+    for stranger in ({"preset": "tiny"}, {"preset": "tiny", "corpus": "packaged", "out": "run", "seed": 0}):
+        (config.out / "config.json").write_text(json.dumps(stranger))
+        with pytest.raises(UserError, match="not the record of a training"):
+            parse(words)
+    monkeypatch.chdir(config.out)  # a record that nobody named
+    with pytest.raises(SystemExit):
+        parse(["--resume", "--steps", "5"])
 
 
 def test_resume_without_a_state_starts(config):

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dlpo_nb.audio import SoundWarning
-from dlpo_nb.core import RunDir, UserError, keyed_generator, plain, read_jsonl, run_main, save_tensors
+from dlpo_nb.core import RunDir, UserError, plain, read_jsonl, run_main, save_tensors
 from dlpo_nb.corpus import load_corpus
 from dlpo_nb.hibari import DURATIONS, EARLY, RATE, Voice, join_silences, to_arpabet, with_output
 from dlpo_nb.optimisers import ema_decay, update_ema
@@ -228,26 +228,24 @@ class Training:
         with torch.no_grad():
             self.network.head.bias[: 4 * BINS] = self.speech.mean
             self.network.head.weight *= 0.3
-        self.average = copy.deepcopy(self.network)
+        self.ema = copy.deepcopy(self.network)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
         self.held_out = load_corpus(config.corpus, RATE)[: config.held_out].items
-        if config.resume:
+        if (config.out / "state.pt").exists():
             self.restore()
-        elif (config.out / "state.pt").exists():
-            raise UserError(f"{config.out} holds a run; add --resume to go on with it, or give another --out")
 
     @property
     def progress(self):
         return min(1.0, self.seconds / (60 * self.config.minutes))
 
     def state(self):
-        modules = dict(network=self.network, average=self.average, optimiser=self.optimiser)
+        modules = dict(network=self.network, ema=self.ema, optimiser=self.optimiser)
         return dict(step=self.step, seconds=self.seconds) | {k: m.state_dict() for k, m in modules.items()}
 
     def restore(self):
         state = torch.load(self.config.out / "state.pt", weights_only=True)
         self.step, self.seconds = state["step"], state["seconds"]
-        for name in ("network", "average", "optimiser"):
+        for name in ("network", "ema", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
 
     def save(self):
@@ -255,7 +253,7 @@ class Training:
         sizes = dict(bands=SMALL_MEL.bands, channels=192, dilations=[1, 2, 3, 1])
         made = dict(step=self.step, minutes=round(self.seconds / 60, 2))
         path = self.config.out / "vocos_small.safetensors"
-        write_weights(path, self.average.state_dict(), dict(vocos=sizes, training=made), half=True)
+        write_weights(path, self.ema.state_dict(), dict(vocos=sizes, training=made), half=True)
 
     def update(self):
         "One step; returns its losses by name."
@@ -281,7 +279,7 @@ class Training:
             raise UserError(f"step {self.step}: the gradient is not finite; --resume with a smaller --lr")
         self.optimiser.step()
         self.step += 1
-        update_ema(self.average, self.network, ema_decay(self.step))
+        update_ema(self.ema, self.network, ema_decay(self.step))
         return {name: value.item() for name, value in losses.items()}
 
     @torch.no_grad()
@@ -330,6 +328,8 @@ def train(run):
 
 def main():
     config = tyro.cli(Settings, description=__doc__)
+    if (config.out / "state.pt").exists() and not config.resume:
+        raise UserError(f"{config.out} holds a run; add --resume to go on with it, or give another --out")
     speak_again(config)
     run = Training(config)
     run.folder.trim_metrics(run.step + 1, "step")
