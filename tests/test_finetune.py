@@ -121,7 +121,7 @@ def test_inner_epochs_move_the_ratio():
     assert (
         metrics["ratio/mean"] != 1.0 and metrics["ratio/approx_kl"] > 0 and metrics["ratio/clipfrac"] > 0
     ), "those of the last epoch"
-    assert metrics["kl"] == 0.0, "all else is that of the first"
+    assert metrics["kl"] < 1e-10, "all else is that of the first"
 
 
 def test_a_reward_that_is_not_finite_names_its_text():
@@ -307,7 +307,7 @@ def test_penalty_on_recordings(data):
 def test_bfloat16_is_close_and_on_policy():
     """Half precision in the network moves the numbers a little, the first ratio not at all."""
     exact, half = (make_tuner(method="dpok", precision=kind).episode() for kind in ("float32", "bfloat16"))
-    assert half["ratio/mean"] == 1.0 and half["kl"] == 0.0
+    assert half["ratio/mean"] == 1.0 and half["kl"] < 1e-10
     assert half["reward/mean"] != exact["reward/mean"] == pytest.approx(half["reward/mean"], rel=0.05)
     # 8 bits in each product: 1 to 2 %, by processor
     assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.2)
@@ -353,7 +353,7 @@ def test_low_rank_changes_begin_at_the_reference(method):
     before = {k: v.clone() for k, v in plain.model.state_dict().items()}
     tuner = make_tuner(method=method, lora_rank=2, learning_rate=1e-2)
     first, second = tuner.episode(), tuner.episode()
-    assert first["ratio/mean"] == second["ratio/mean"] == 1.0 and first["kl"] == 0.0 < second["kl"]
+    assert first["ratio/mean"] == second["ratio/mean"] == 1.0 and first["kl"] < 1e-10 < second["kl"]
     assert first["reward/mean"] == plain.episode()["reward/mean"] and len(tuner.parameters) == 2 * len(
         adapters(tuner.model)
     )

@@ -475,7 +475,7 @@ def test_every_method(voice, method):
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
     assert (
-        first["kl"] == 0.0 < second["kl"]
+        first["kl"] < 1e-10 < second["kl"]  # 0, but where copies of the weights lie elsewhere in memory
         and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
     )
     assert {

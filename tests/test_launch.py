@@ -83,7 +83,7 @@ def test_run_directory(finished):
         "audio_seconds",
     }
     assert wanted <= set(rows[0])
-    assert rows[0]["ratio/mean"] == 1.0 and rows[0]["kl"] == 0.0, "the first update is exactly on-policy"
+    assert rows[0]["ratio/mean"] == 1.0 and rows[0]["kl"] < 1e-10, "the first update is exactly on-policy"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["heldout_texts"] == 2
     assert ("wer" in summary["evaluation"]["metrics"]) == bool(WER.found_weights())

@@ -946,7 +946,7 @@ def test_dpok_begins_as_ddpo(form):
         and torch.equal(total(dpok), 2 * total(ddpo))
     )
     one, other = make("dpok", kl_form=form, beta=3.0), make("ddpo")
-    assert one.episode()["kl"] == 0.0 and other.episode()["reward/mean"]
+    assert one.episode()["kl"] < 1e-10 and other.episode()["reward/mean"]
     assert fingerprint(one.model) == fingerprint(other.model)
 
 

@@ -94,7 +94,7 @@ def test_every_method_tunes_every_voice(voice, method):
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     first, second = tuner.episode(), tuner.episode()
     assert (
-        first["kl"] == 0.0 < second["kl"]
+        first["kl"] < 1e-10 < second["kl"]
         and first.get("ratio/mean", 1.0) == second.get("ratio/mean", 1.0) == 1.0
     )
     moved = {
@@ -122,7 +122,7 @@ def test_low_rank_changes(voice):
     """Begin at the base, leave it untouched, and are put into the weights of a plain copy."""
     before = {key: value.clone() for key, value in voice.state_dict().items()}
     tuner = tuner_of(voice, lora_rank=2, learning_rate=1e-2)
-    assert tuner.episode()["kl"] == 0.0 < tuner.episode()["kl"] and adapters(voice)
+    assert tuner.episode()["kl"] < 1e-10 < tuner.episode()["kl"] and adapters(voice)
     with without_adapters(voice):
         plain = merged(voice)
     assert not adapters(plain) and all(
