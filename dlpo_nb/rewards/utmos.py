@@ -17,7 +17,7 @@ from torch import nn
 
 from ..audio import import_torchaudio
 from ..core import UserError, counted, pick_device
-from .base import REWARDS, Reward, WeightsFrom
+from .base import REWARDS, Reward, WeightsFrom, attention_for
 
 # %% ../../nbs/22_utmos.ipynb #566bf8d1
 class UTMOS22(nn.Module):
@@ -146,6 +146,7 @@ def load_utmos(path, device="cpu", dtype=torch.float32):
         for name, theirs in names.items()
     }
     network.load_state_dict(state, assign=True)
+    attention_for(network.wav2vec2, torch.device(device), dtype)
     return network.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/22_utmos.ipynb #989a8103

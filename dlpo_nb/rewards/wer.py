@@ -20,7 +20,7 @@ import torch
 
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward, WeightsFrom, unfit, without_autocast
+from .base import REWARDS, Reward, WeightsFrom, attention_for, unfit, without_autocast
 from .words import count_edits, spoken_words
 
 # %% ../../nbs/24a_wer.ipynb #88393b7f
@@ -234,7 +234,7 @@ class Whisper:
             raise UserError(f"wer: batch_size must be a whole number from 1 up, but got {batch_size!r}")
         self.device, self.dtype, self.batch_size = pick_device(device), DTYPES[dtype], batch_size
         self.processor, network = load_whisper(model, download)
-        self.network = network.to(self.device, self.dtype)
+        self.network = attention_for(network.to(self.device, self.dtype), self.device, self.dtype)
         extractor = self.processor.feature_extractor
         self.max_seconds = (extractor.n_samples - 2 * MARGIN) / extractor.sampling_rate
         self.options = dict(
