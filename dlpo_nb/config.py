@@ -43,7 +43,9 @@ class FinetuneSettings:
     fork: int = 3  # rollouts of a text share the chain above this step; 0: each runs its own chain
     rollout_steps: int = 10  # K, denoising steps of a rollout
     spacing: Literal["geometric", "trailing"] = "geometric"  # how the K steps are chosen
-    train_steps: str = "last:3"  # actions that are trained: all, last:N or random:N
+    train_steps: str = "last:3"  # actions that are trained: all, first:N, middle:N, last:N or random:N
+    # of the trained steps: all alike, or each by 1 / sqrt(kappa), so that its noise is as loud as another's
+    step_weights: Literal["none", "kappa"] = "none"
     reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities and KL over the numbers of a state
     inner_epochs: int = 1  # updates on each batch of rollouts
     denoising_steps: int = 1  # noise levels at which the denoising loss is taken in an update

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTES', 'INK', 'INKED', 'CLEAR', 'PANELS', 'RunRecord', 'read_run', 'style', 'series', 'running_mean', 'draw_kind',
            'draw_metric', 'draw_spread', 'reward_curve', 'panel', 'text_changes', 'true_minus_control',
-           'control_difference']
+           'control_difference', 'beyond_lines']
 
 # %% ../nbs/52_figures.ipynb #a1f8a054
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import RunDir, UserError, counted
-from .heldout import read_rows
+from .heldout import metric_line, ordered, read_rows
 from .statistics import bootstrap_interval
 
 # %% ../nbs/52_figures.ipynb #e51d83a1
@@ -243,3 +243,14 @@ def control_difference(
     metrics = {name: true_minus_control(true, shuffled, name, texts) for name in names}
     metrics = {name: metric for name, metric in metrics.items() if metric}
     return dict(n=len(texts), runs=len(true), controls=len(shuffled), metrics=metrics)
+
+
+def beyond_lines(beyond, reward) -> list:  # of str, at most 100 columns
+    "The table of `control_difference` as plain text."
+    head = f"{'change over the base':<32}{'true':>9}{'shuffled':>9}{'true - shuf.':>13}   95 % interval"
+    metrics = beyond["metrics"]
+    lines = {
+        name: dict(metrics[name], base=metrics[name]["run"], tuned=metrics[name]["control"])
+        for name in metrics
+    }
+    return [head, *(metric_line(name, lines[name], reward) for name in ordered(metrics, reward))]

@@ -22,7 +22,7 @@ from .denoising import denoising_losses, recorded_loss
 from .distributed import abort_all, gather_rows, rank
 from .gradients import Gradients, Log
 from .lora import Reference, add_lora
-from .mdp import replay, step_weight
+from .mdp import replay, step_weights
 from .objectives import Replay
 from .reference import kl_to_reference, log_ratios, reference_log_prob, step_kl
 from .rewards.base import as_reward
@@ -90,6 +90,7 @@ class Finetuner(Loop):
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         self.schedule, self.levels = config.schedule(model), model.training_schedule().levels.float()
+        self.step_weights = step_weights(config.train_steps, self.schedule, config.step_weights)
         if self.objective.needs_recordings and not corpus:
             raise UserError(
                 "the denoising loss is to be taken on recorded speech, but there is none; "
@@ -148,7 +149,7 @@ def policy_slice(tuner, batch, t, s) -> Slice:
     kl = step_kl(tuner, t, s, eps, tuner.objective.kl_form) if "kl" in needs else None
     reference = reference_log_prob(tuner, t, s) if "reference" in needs else None
     group = torch.tensor(t.rows, device=log_prob.device) // c.group_size
-    weight = step_weight(c.train_steps, c.rollout_steps) * len(t.x_0) / c.batch_size
+    weight = tuner.step_weights[t.steps[s]] * len(t.x_0) / c.batch_size
     subtracted = None if batch.penalty is None else batch.penalty[t.rows]
     piece = Replay(
         batch.advantages[t.rows],

@@ -42,8 +42,11 @@ def check_given(config):
 
 # %% ../nbs/42a_inputs.ipynb #d9e31b46
 def load_base(config):
-    "The base model of a run."
-    return load_policy(base_path(config.base_checkpoint))
+    "The base model of a run, heard as the run is."
+    policy = load_policy(base_path(config.base_checkpoint))
+    if config.vocoder:
+        policy.hear_through(config.vocoder)
+    return policy
 
 
 def load_reward(config):

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'metadata', 'train', 'speak_heldout',
-           'evaluate_run', 'finish', 'rehearse', 'launch', 'carry_out', 'check_before', 'main']
+           'evaluate_run', 'finish', 'rehearse', 'launch', 'run_job', 'carry_out', 'start_control',
+           'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
 
 # %% ../nbs/54_launch.ipynb #da332b6f
 import contextlib
 import itertools
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -30,9 +32,10 @@ from .heldout import speaker_log_mels, synthesise_all, write_rows
 from .inputs import banner, check_given, load_all_texts, load_base, load_recordings, load_reward
 from .locks import lock_folder, unlock_folders
 from .lora import merged
-from .report import write_report
+from .figures import beyond_lines, control_difference, read_run
+from .report import write_comparison, write_report
 from .rewards.base import as_reward
-from .settings import parse, read_inputs, recorded, write_record
+from .settings import flags_beyond, parse, read_inputs, recorded, write_record
 from .text import prompts
 
 # %% ../nbs/54_launch.ipynb #15a25169
@@ -217,7 +220,14 @@ def rehearse(preset, config, reward, sample_rate=SAMPLE_RATE):
 
 # %% ../nbs/54_launch.ipynb #d181eea2
 def launch(preset, config):
-    "Run a fine-tuning job from settings to report, in one process or in each of several."
+    """Run a fine-tuning job from settings to report, in one process or in each of several;
+    with its control beside it where the settings say so. Returns the run's folder."""
+    beside = config.with_control and not config.dry_run
+    return run_beside_control(preset, config) if beside else run_job(preset, config)
+
+
+def run_job(preset, config):
+    "One job, without its control."
     device = join(config.device)
     config.check()  # now that it is known how many processes there are
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.out or config.dry_run):
@@ -249,6 +259,59 @@ def carry_out(preset, config, device):
     audio = speak_heldout(tuner, placed, heldout) if heldout else {}
     on_first_rank(lambda: finish(tuner, run, placed, heldout, audio, reward))  # the others wait
     return run
+
+# %% ../nbs/54_launch.ipynb #4bcc6c63
+def start_control(preset, config):
+    "The control of a run, begun or resumed in the folder OUT-control: its process; None if it is done."
+    folder = RunDir(f"{config.out}-control")
+    if (folder.path / "summary.json").exists():
+        if folder.read_json("summary.json")["episodes"] == config.episodes:
+            return None
+    flags = [*flags_beyond(preset, config.flat()), "--control", "shuffle-advantages"]
+    flags += ["--out", str(folder.path), *(["--resume"] if (folder.path / "config.json").exists() else [])]
+    with open(folder.path / "log.txt", "a") as log:
+        command = [sys.executable, "-m", "dlpo_nb.launch", preset, *flags]
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def run_beside_control(preset, config):
+    """Run a job, and its control in a process beside it; lay the two side by side.
+    Raises UserError if the control did not finish, once the run itself has."""
+    if under_torchrun():
+        raise UserError(
+            "--with-control is for a run that torchrun has not started; run the control by itself."
+        )
+    check_given(config)
+    path = open_run(preset, config).path
+    unlock_folders()  # for a moment: `begin` takes it again
+    threads = config.threads or max(1, (os.cpu_count() or 1) // 2)
+    config, control = replace(config, out=str(path), threads=threads), Path(f"{path}-control")
+    process = start_control(preset, config)
+    print(f"the control runs beside it in {control}; what it prints is in {control / 'log.txt'}", flush=True)
+    try:
+        run = run_job(preset, config)
+    except BaseException:
+        if process:
+            process.terminate()
+        raise
+    if process and process.poll() is None:
+        print("waiting for the control", flush=True)
+    if process and process.wait():
+        last = (control / "log.txt").read_text(encoding="utf-8").split("\n")[-2:][0]
+        raise UserError(
+            f"the control in {control} did not finish ({last}); resume it with --out {path} --resume"
+        )
+    lay_side_by_side(run, control)
+    return run
+
+
+def lay_side_by_side(run, control):
+    "Print what a run changed beyond its control, and write both into one page."
+    runs = [read_run(run.path), read_run(control)]
+    if beyond := control_difference(runs):
+        print(f"\nbeyond its control, on {counted(beyond['n'], 'held-out text')}:")
+        print("\n".join(beyond_lines(beyond, runs[0].config["reward"])))
+    print(f"side by side:  {write_comparison([run.path, control], run.path / 'comparison.html')}")
 
 # %% ../nbs/54_launch.ipynb #613fd303
 def check_before(preset, config, argv):

@@ -178,6 +178,13 @@ class Policy(nn.Module, ABC):
         with evaluating(self):
             return synthesise(self, texts_or_ids, schedule, generator, clip, progress, **options)
 
+    def hear_through(self, vocoder: str):
+        "Have its states rendered by another vocoder, by its name. Raises UserError if it uses none."
+        raise UserError(
+            f"a {self.kind} makes its waveform itself: leave out --vocoder {vocoder}, which is for policies "
+            "of spectrograms"
+        )
+
     def save(self, path, metadata=None, half=False):
         "Write weights, configuration and metadata into one file; see `load_policy`."
         words = {"kind": self.kind, self.kind: asdict(self.config)}

@@ -27,7 +27,7 @@ from .plugins import load_plugins
 # %% ../nbs/53_report.ipynb #d74b9dd1
 def control_command(run):
     "The command lines that run the shuffled control of a run and lay the two side by side."
-    away = ("preset", "objective", "inputs", "changes", "control", "out", "resume", "dry_run")
+    away = ("preset", "objective", "inputs", "changes", "control", "with_control", "out", "resume", "dry_run")
     every = [
         part
         for key, value in run.config.items()

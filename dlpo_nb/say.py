@@ -30,6 +30,7 @@ class SayConfig:
     # a packaged base (gradtts_small, tiny_base), a .safetensors or a released checkpoint
     base: str = "gradtts_small"
     steps: int = 10  # sampling steps
+    vocoder: str = ""  # vocos, griffinlim or hifigan; empty: what the base's file says
     seed: int = 0  # of the noise
     out: Path = Path("say.wav")  # .wav, .flac or .mp3
     play: bool = False  # through the loudspeaker, where a player is installed
@@ -44,6 +45,8 @@ def speak(config: SayConfig) -> tuple[torch.Tensor, int]:
     if config.steps < 1:
         raise UserError(f"--steps is {config.steps}; one at least is needed")
     policy = load_policy(base_path(config.base), pick_device(config.device))
+    if config.vocoder:
+        policy.hear_through(config.vocoder)
     spacing = "geometric" if policy.kind == "wavegrad2" else "trailing"
     schedule = policy.training_schedule().respaced(config.steps, spacing)
     draw = keyed_generator(config.seed, "say", device=next(policy.parameters()).device)

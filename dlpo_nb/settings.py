@@ -32,6 +32,9 @@ class LaunchConfig(FinetuneConfig):
 
     # the model to tune: tiny_base (packaged), a .safetensors of ours or a released .ckpt
     base_checkpoint: str = "tiny_base"
+    # what the spectrograms of a Grad-TTS are heard through, as vocos, griffinlim or hifigan;
+    # empty: what its file says
+    vocoder: str = ""
     texts: str = "packaged"  # train texts: packaged, a file with one text per line, or a corpus folder
     # recorded speech for the denoising loss (with --denoising-source data):
     # packaged, or a folder made by dlpo_nb.data
@@ -53,6 +56,9 @@ class LaunchConfig(FinetuneConfig):
     utmos_weights: str = ""  # path of the UTMOS weights, if the reward needs them; empty: looked up
     whisper: str = ""  # path of the Whisper model that wer listens with; empty: looked up
     out: str = ""  # run directory; empty: runs/PRESET-METHOD-seedN, numbered where it exists
+    # run the control, the same job with its rewards shuffled, in a process beside it (folder OUT-control),
+    # and lay the two side by side
+    with_control: bool = False
     resume: bool = False  # resume the run in --out
     # build everything, run two episodes, print what the whole run costs, write nothing
     dry_run: bool = False
@@ -83,6 +89,11 @@ class LaunchConfig(FinetuneConfig):
             raise UserError(
                 "--nnodes needs --rdzv-endpoint HOST:PORT, where the machines meet, "
                 "and --out, a folder that all of them see."
+            )
+        if self.with_control and (self.control != "none" or self.nproc_per_node * self.nnodes > 1):
+            raise UserError(
+                "--with-control is for a run in one process that is not a control itself; give "
+                "--control shuffle-advantages to a second run."
             )
         texts = self.batch_size // self.group_size
         processes = max(world_size(), self.nproc_per_node * self.nnodes)
@@ -234,7 +245,7 @@ MAY_CHANGE = (  # in a resumed run, with a note of the episode
 )  # fmt: skip
 UNRECORDED = (  # may change without a note, since they decide no number
     "episodes", "micro_batch", "out", "resume", "dry_run", "device", "threads", "nproc_per_node", "nnodes",
-    "rdzv_endpoint", "max_restarts", "plugin",
+    "rdzv_endpoint", "max_restarts", "plugin", "with_control",
 )  # fmt: skip
 SAME_CONTENT = ("base_checkpoint", "texts", "heldout_texts", "watch_from", "corpus")  # may lie elsewhere
 
@@ -284,7 +295,7 @@ def flags_beyond(preset, settings) -> list:
     method = {"method": settings["method"]}
     default = LaunchConfig.of(**applicable(LaunchConfig, given | method)).resolved().flat()
     default |= {"method": given.get("method", "dlpo")}  # which has to be given
-    away = ("control", "out", "resume", "dry_run")
+    away = ("control", "with_control", "out", "resume", "dry_run")
     return [
         part
         for name, value in settings.items()

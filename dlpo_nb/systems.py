@@ -176,6 +176,7 @@ class System:
     kind: str  # model: speaks the texts; audio: a folder of recordings
     path: Path  # the checkpoint, or the folder
     role: str = ""  # base, ground truth, or nothing special
+    vocoder: str = ""  # what a model of spectrograms is heard through; empty: what its file says
 
     @property
     def label(self):

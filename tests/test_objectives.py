@@ -44,7 +44,7 @@ from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_loss
 from dlpo_nb.diagnostics import drift
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
-from dlpo_nb.mdp import keyed_noise, replay, rollout, step_weight
+from dlpo_nb.mdp import draw_steps, keyed_noise, replay, rollout, step_weights
 from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages
 from dlpo_nb.objectives import get_objective as build
 from dlpo_nb.objectives.base import KL_FORMS, clipped_ratio, kl_divergence
@@ -1361,12 +1361,34 @@ def test_random_subsets_average_to_all_steps(subset, method):
     tuner = stray(make(method, train_steps="all", fork=0, batch_size=2))
     t, rewards = collect(tuner, 0), normal(2)
     full = gathered(tuner, t, rewards)[0]
-    tuner.config = replace(tuner.config, train_steps=f"random:{len(subset[0])}")
-    assert step_weight(tuner.config.train_steps, 6) == 5 / len(subset[0])
+    tuner.step_weights = step_weights(f"random:{len(subset[0])}", tuner.schedule)
+    assert tuner.step_weights[1:] == [5 / len(subset[0])] * 5
     found = [gathered(tuner, [only(each, steps) for each in t], rewards)[0] for steps in subset]
     for part in ("policy", "penalty"):
         if part in full.parts:
             close(sum(g.part(part) for g in found) / len(subset), full.part(part))
+
+
+def test_weighted_steps_are_their_weighted_gradients():
+    """--step-weights kappa: each step's gradient by 1 / sqrt(kappa_t), in the mean over the actions by 1."""
+    tuner = stray(make("ddpo", train_steps="all", fork=0, batch_size=2))
+    t, rewards = collect(tuner, 0), normal(2)
+    alone = {s: gathered(tuner, [only(each, [s]) for each in t], rewards)[0] for s in range(1, 6)}
+    kappa = tuner.schedule.kl_weight(torch.arange(6)).flatten()
+    tuner.step_weights = weights = step_weights("all", tuner.schedule, "kappa")
+    assert weights[0] == 0 and sum(weights) == pytest.approx(5)
+    for s in range(2, 6):
+        assert weights[s] / weights[1] == pytest.approx(float((kappa[1] / kappa[s]).sqrt()))
+    found = gathered(tuner, t, rewards)[0].part("policy")
+    close(found, sum(weights[s] * alone[s].part("policy") for s in alone))
+    assert make("ddpo", step_weights="kappa", train_steps="last:2", fork=0).step_weights != [0.0, 1.0, 1.0]
+
+
+def test_windows_of_steps():
+    assert draw_steps("first:3", 10) == [9, 8, 7] and draw_steps("last:3", 10) == [3, 2, 1]
+    assert draw_steps("middle:3", 10) == [6, 5, 4] and draw_steps("middle:9", 10) == draw_steps("all", 10)
+    with pytest.raises(UserError, match="'first:N', 'middle:N', 'last:N'"):
+        draw_steps("middle:10", 10)
 
 
 @pytest.mark.parametrize("kind", ["wavegrad", "flawed"])
@@ -1608,7 +1630,7 @@ def test_klinr_on_random_subsets(cubature):
     tuner = flawed("klinr", beta=1.0)
     t = collect(tuner, 0)
     full = gathered(tuner, t)[0].part("penalty").item()
-    tuner.config = replace(tuner.config, train_steps="random:1")
+    tuner.step_weights = step_weights("random:1", tuner.schedule)
     found = [gathered(tuner, [only(t[0], [s])])[0].part("penalty").item() for s in range(1, 6)]
     assert sum(found) / 5 == pytest.approx(full, rel=1e-6)
 

@@ -19,7 +19,7 @@ from .encoder import Encoder
 from .sde import sde_schedule
 from ..policy import POLICIES, Conditioning, Policy, check_symbols, load_policy
 from ..text import SYMBOLS, text_to_ids
-from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, log_mel
+from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, get_vocoder, log_mel
 from ..vocos import default_vocoder
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #5fb64a15
@@ -110,6 +110,10 @@ class MelPolicy(Policy):
         self.frame_rate = mel.sample_rate / self.hop
         name = getattr(self.config, "vocoder", "")
         self.__dict__["vocoder"] = default_vocoder(mel, name)  # past nn.Module: not a part of the weights
+
+    def hear_through(self, vocoder):
+        self.__dict__["vocoder"] = get_vocoder(vocoder, self.mel)
+        self.config = replace(self.config, vocoder=vocoder)  # a file that it is saved to says so
 
     def expected(self, conditioning):  # -> (B, T, width)
         "mu of each frame, in normalised mel."
