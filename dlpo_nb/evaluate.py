@@ -243,7 +243,7 @@ def choose_steps(config, runs) -> tuple:  # (number of steps, spacing), list of 
         ),
     ]
 
-
+# %% ../nbs/50_evaluate.ipynb #d80f74f9
 def choose_vocoder(config, runs) -> tuple:  # its name or "", list of notes
     "What all spectrograms are heard through: as set, or else as the first run that names a vocoder."
     tuned = {name: stored["vocoder"] for name, stored in runs.items() if stored.get("vocoder")}
