@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTES', 'INK', 'INKED', 'CLEAR', 'PANELS', 'RunRecord', 'read_run', 'style', 'series', 'running_mean', 'draw_kind',
            'draw_metric', 'draw_spread', 'reward_curve', 'panel', 'text_changes', 'true_minus_control',
-           'control_difference', 'beyond_lines']
+           'control_difference', 'beyond_lines', 'across_seeds']
 
 # %% ../nbs/52_figures.ipynb #a1f8a054
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import RunDir, UserError, counted
 from .heldout import metric_line, ordered, read_rows
-from .statistics import bootstrap_interval
+from .statistics import bootstrap_interval, student_interval
 
 # %% ../nbs/52_figures.ipynb #e51d83a1
 @dataclass
@@ -254,3 +254,28 @@ def beyond_lines(beyond, reward) -> list:  # of str, at most 100 columns
         for name in metrics
     }
     return [head, *(metric_line(name, lines[name], reward) for name in ordered(metrics, reward))]
+
+# %% ../nbs/52_figures.ipynb #ce64d668
+def across_seeds(runs) -> dict | None:  # {measurement: {base, run, control, difference}}; None below 2 seeds
+    """What runs and their controls of the same seeds changed, a mean over texts per seed;
+    run, control and difference are (mean, low, high) over the seeds. `runs`: `RunRecord`s or folders."""
+    runs = [run if isinstance(run, RunRecord) else read_run(run) for run in runs]
+    of = {(run.is_control, run.config["seed"]): run for run in runs if run.evaluation}
+    seeds = sorted(seed for control, seed in of if not control and (True, seed) in of)
+    if len(seeds) < 2:
+        return None
+
+    def changes(control, name):
+        return np.array([of[control, seed].evaluation["metrics"][name]["difference"] for seed in seeds])
+
+    def rows(name):
+        true, shuffled = changes(False, name), changes(True, name)
+        base = np.mean([of[False, seed].evaluation["metrics"][name]["base"] for seed in seeds])
+        values = dict(run=true, control=shuffled, difference=true - shuffled)
+        return dict(base=float(base)) | {key: student_interval(value) for key, value in values.items()}
+
+    measured = [set(of[side, seed].evaluation["metrics"]) for side in (False, True) for seed in seeds]
+    names = [
+        name for name in of[False, seeds[0]].evaluation["metrics"] if all(name in own for own in measured)
+    ]
+    return dict(seeds=seeds, metrics={name: rows(name) for name in names})

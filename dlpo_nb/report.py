@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['control_command', 'headline', 'caution', 'evaluation_notes', 'evaluation_table', 'curves', 'settings', 'samples',
-           'player', 'listening', 'write_report', 'comparison_headline', 'beyond_table', 'runs_table',
-           'write_comparison', 'ReportConfig', 'main']
+           'player', 'listening', 'write_report', 'comparison_headline', 'beyond_table', 'over_seeds_table',
+           'runs_table', 'write_comparison', 'ReportConfig', 'main']
 
 # %% ../nbs/53_report.ipynb #0b0585c5
 import html
@@ -19,7 +19,7 @@ import tyro
 from .audio import player_html, read_audio
 from .config import preset_of
 from .core import UserError, counted, run_main, split_lines
-from .figures import PANELS, control_difference, panel, read_run, reward_curve
+from .figures import PANELS, across_seeds, control_difference, panel, read_run, reward_curve
 from .heldout import CAUTION, LABELS, direction, ordered, verdict
 from .page import card, change_cells, fold, interval_svg, picture, table, tagged, write_page
 from .plugins import load_plugins
@@ -245,6 +245,23 @@ def beyond_table(beyond, reward):
     return "<h2>Beyond the control</h2>" + card(table(head, rows))
 
 
+def over_seeds_table(runs):
+    "What runs changed beyond the controls of their seeds, with intervals over the seeds; nothing below two."
+    across = across_seeds(runs)
+    if across is None:
+        return ""
+    rows, reward = [], runs[0].config["reward"]
+    for name in ordered(across["metrics"], reward):
+        metric = across["metrics"][name]
+        beyond = dict(zip(("difference", "low", "high"), metric["difference"]))
+        changes = [f"{metric['run'][0]:+.3f}", f"{metric['control'][0]:+.3f}", *change_cells(beyond)]
+        rows.append([tagged(name, reward), *changes])
+    head = ["change over the base", "true", "shuffled", "true − shuffled", ""]
+    title = f"Over {len(across['seeds'])} training seeds"
+    note = '<p class="soft">Intervals over the seeds, each a mean over its texts: Student\'s t.</p>'
+    return f"<h2>{title}</h2>" + card(table(head, rows) + note)
+
+
 def runs_table(runs):
     "A line per run: what it changed of the reward, and of the other judges."
     reward, blocks = runs[0].config["reward"], []
@@ -277,6 +294,7 @@ def write_comparison(run_dirs, out=None):
     about = f"Fine-tuning runs of a text-to-speech diffusion model · {kinds} · reward {rewards[0]}"
     body = [
         comparison_headline(runs),
+        over_seeds_table(runs),
         runs_table(runs),
         curves(runs),
         listening(runs, most=4),

@@ -1,5 +1,5 @@
 """The README's sounds and curve: `python tools/make_readme_media.py [INDEX]`, after
-tools/run_tiny_experiment.py.
+tools/run_seeds.py.
 
 Writes docs/audio/base.mp3, tuned.mp3 and control.mp3 (held-out text INDEX, seed 0, the same noise),
 a picture of their spectrograms and the reward curves of all runs of results/tiny_dlpo/.

@@ -9,7 +9,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run_tiny_experiment import ROOT, run
+from run_seeds import ROOT, run
 
 from dlpo_nb.audio import mp3_bytes, read_audio
 from dlpo_nb.objectives import OBJECTIVES
@@ -39,7 +39,9 @@ def main():
     args = parser.parse_args()
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {
-            method: pool.submit(run, "all_methods", method, ["--method", method, *args.flags], args.threads)
+            method: pool.submit(
+                run, "wavegrad-tiny", "all_methods", method, ["--method", method, *args.flags], args.threads
+            )
             for method in args.methods
         }
         for method, job in jobs.items():

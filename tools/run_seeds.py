@@ -1,0 +1,93 @@
+"""A preset and its control over several training seeds: `python tools/run_seeds.py PRESET NAME`.
+
+Keeps settings, environment, metrics and the scores of each utterance (no audio, no checkpoints) in
+results/NAME/, and beside them seeds.json and seeds.txt: what runs and controls changed, with intervals over
+the seeds. Runs that are there already are not run again; one that was interrupted is resumed.
+
+    python tools/run_seeds.py tiny tiny_gradtts --seeds 0 1 2 3 4
+    python tools/run_seeds.py wavegrad-tiny tiny_dlpo
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dlpo_nb.figures import across_seeds, read_run
+from dlpo_nb.heldout import LABELS, ordered
+
+ROOT = Path(__file__).resolve().parents[1]
+KEEP = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "evaluation.csv")
+
+
+def run(preset, experiment, name, flags, threads):
+    """One launch into runs/EXPERIMENT/NAME, its numbers copied to results/EXPERIMENT/NAME;
+    returns the run directory."""
+    out, kept = ROOT / "runs" / experiment / name, ROOT / "results" / experiment / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if (kept / "summary.json").exists():
+        return out
+    resume = ["--resume"] if (out / "checkpoints" / "state.pt").exists() else []
+    command = [sys.executable, "-m", "dlpo_nb.launch", preset, "--out", str(out.relative_to(ROOT))]
+    with open(out.parent / f"{name}.log", "a") as log:
+        command += ["--threads", str(threads), *flags, *resume]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in KEEP:
+        shutil.copy(out / file, kept / file)
+    print(name, "done", flush=True)
+    return out
+
+
+def seeds_table(across, reward) -> str:
+    """The table of `across_seeds`, in Markdown."""
+    lines = ["| | base | run - base | control - base | run - control |", "|---|---|---|---|---|"]
+    for name in ordered(across["metrics"], reward):
+        row = across["metrics"][name]
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) for key in ("run", "control", "difference")]
+        lines.append(" | ".join([f"| {LABELS.get(name, name)}", f"{row['base']:.3f}", *cells]) + " |")
+    seeds = ", ".join(map(str, across["seeds"]))
+    return "\n".join([*lines, "", f"95 % intervals over training seeds {seeds} (Student's t)."])
+
+
+def summarise(experiment):
+    """Write seeds.json and seeds.txt of what is in results/EXPERIMENT."""
+    folder = ROOT / "results" / experiment
+    runs = [read_run(path.parent) for path in sorted(folder.glob("*-seed*/summary.json"))]
+    across = across_seeds(runs)
+    if across:
+        (folder / "seeds.json").write_text(json.dumps(across, indent=1) + "\n")
+        (folder / "seeds.txt").write_text(seeds_table(across, runs[0].config["reward"]) + "\n")
+        print((folder / "seeds.txt").read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset")
+    parser.add_argument("name", help="of the folder in results/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
+    parser.add_argument("flags", nargs="*", help="further flags of dlpo_nb.launch, after --")
+    args = parser.parse_args()
+    jobs = []
+    for seed in args.seeds:
+        flags = ["--seed", str(seed), *args.flags]
+        jobs.append((f"dlpo-seed{seed}", flags))
+        jobs.append((f"control-seed{seed}", [*flags, "--control", "shuffle-advantages"]))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        started = [
+            pool.submit(run, args.preset, args.name, name, flags, args.threads) for name, flags in jobs
+        ]
+        for future in started:
+            future.result()
+    summarise(args.name)
+
+
+if __name__ == "__main__":
+    main()
