@@ -154,6 +154,7 @@ def test_comparison(tmp_path):
     assert (beyond["n"], beyond["runs"], beyond["controls"]) == (64, 2, 2)
     assert 0 < beyond["metrics"]["dnsmos"]["low"] < 0.05 < beyond["metrics"]["dnsmos"]["high"]
     page = checked(write_comparison(runs + controls))
+    assert "Over 2 training seeds" in page.said
     assert (
         "more than its control" in page.said
         and "Beyond the control" in page.said
