@@ -111,9 +111,9 @@ class LaunchConfig(LaunchSettings):
 # %% ../nbs/42_settings.ipynb #1fbe4a79
 PRESETS = {  # settings by their flat names; a method takes those that it has, and those under its name
     "tiny": dict(
-        base_checkpoint="gradtts_small", reward="distillmos", dlpo=dict(beta=0.2), episodes=24,
-        batch_size=64, group_size=8, micro_batch=64, fork=0, spacing="trailing", train_steps="all",
-        denoising_frames=0, learning_rate=1.5e-4,
+        base_checkpoint="gradtts_small", vocoder="griffinlim", reward="distillmos", dlpo=dict(beta=0.02),
+        episodes=30, batch_size=64, group_size=8, micro_batch=64, fork=0, rollout_steps=5,
+        spacing="trailing", train_steps="all", denoising_frames=0, learning_rate=1.5e-4,
     ),
     "wavegrad-tiny": {},
     "tiny-paper": dict(beta=1.0, denoising_steps=10),
