@@ -199,9 +199,13 @@ def parse(argv=None):
         check_resumed(stored, config)
     else:
         plugins = load_plugins(plugins)
-        preset = fitting_preset(preset, flag_values(argv, "base-checkpoint"))
+        bases = flag_values(argv, "base-checkpoint")
+        preset = fitting_preset(preset, bases)
         method = flag_values(argv, "method") or [PRESETS[preset].get("method", "dlpo")]
-        config = read_flags(argv, preset_settings(preset, method[-1]))
+        defaults = preset_settings(preset, method[-1])
+        if bases and bases[-1] != defaults["base_checkpoint"]:
+            defaults.pop("vocoder", None)  # it was chosen for the preset's own base
+        config = read_flags(argv, defaults)
     config = replace(config, plugin=plugins).resolved()
     config.check()
     return preset, config

@@ -334,6 +334,15 @@ def test_a_preset_is_its_numbers(preset):
     assert name == preset and tuple(found) == PRESET_RUNS[preset]
 
 
+def test_the_vocoder_of_a_preset_is_for_its_own_base():
+    assert parse([])[1].vocoder == parse(["--base-checkpoint", "gradtts_small"])[1].vocoder == "griffinlim"
+    own = str(asset("gradtts_small.safetensors"))
+    assert parse(["--base-checkpoint", own])[1].vocoder == ""
+    assert parse(["--base-checkpoint", own, "--vocoder", "vocos"])[1].vocoder == "vocos"
+    with pytest.raises(UserError, match="makes its waveform itself: leave out --vocoder griffinlim"):
+        load_base(parse(["wavegrad-tiny", "--vocoder", "griffinlim"])[1])
+
+
 def test_what_a_preset_has_for_one_method_is_not_taken_by_another():
     assert parse(["--method", "dpok"])[1].objective.beta == OBJECTIVES.get("dpok")().beta
     config = parse(["--method", "klinr", "--beta", "0.3"])[1]
