@@ -111,7 +111,7 @@ class LaunchConfig(LaunchSettings):
 # %% ../nbs/42_settings.ipynb #1fbe4a79
 PRESETS = {  # settings by their flat names; a method takes those that it has, and those under its name
     "tiny": dict(
-        base_checkpoint="gradtts_small", vocoder="griffinlim", reward="distillmos", dlpo=dict(beta=0.02),
+        base_checkpoint="gradtts_small", vocoder="griffinlim", reward="distillmos", dlpo=dict(beta=0.005),
         episodes=30, batch_size=64, group_size=8, micro_batch=64, fork=0, rollout_steps=5,
         spacing="trailing", train_steps="all", denoising_frames=0, learning_rate=1.5e-4,
     ),

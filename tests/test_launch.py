@@ -320,7 +320,7 @@ def test_what_every_method_will_cost(method, launch_here):
 
 
 PRESET_RUNS = {
-    "tiny": ("gradtts_small", "distillmos", "trailing", 0.02, 64),
+    "tiny": ("gradtts_small", "distillmos", "trailing", 0.005, 64),
     "wavegrad-tiny": ("tiny_base", "dnsmos", "geometric", 0.5, 32),
     "tiny-paper": ("tiny_base", "dnsmos", "geometric", 1.0, 32),
 }
