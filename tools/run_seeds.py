@@ -4,7 +4,7 @@ Keeps settings, environment, metrics and the scores of each utterance (no audio,
 results/NAME/, and beside them seeds.json and seeds.txt: what runs and controls changed, with intervals over
 the seeds. Runs that are there already are not run again; one that was interrupted is resumed.
 
-    python tools/run_seeds.py tiny tiny_gradtts --seeds 0 1 2 3 4
+    python tools/run_seeds.py tiny default_job --seeds 0 1 2 3 4
     python tools/run_seeds.py wavegrad-tiny tiny_dlpo
 """
 
