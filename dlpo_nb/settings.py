@@ -226,7 +226,7 @@ def fitting_preset(preset, bases: list) -> str:
         )
     return preset or fitting.get(kind, "tiny")
 
-
+# %% ../nbs/42_settings.ipynb #3c0790cd
 def read_flags(argv, defaults):
     "Settings from flags on top of flat defaults."
     manual = f"{MANUAL}\nrewards by name: {', '.join(REWARDS.names())}"  # those of plug-ins, too
