@@ -168,7 +168,7 @@ and the run directory holds config, metrics, checkpoints, wavs and a self-contai
 examples:
   python -m dlpo_nb.launch                                    DLPO on the packaged voice
   python -m dlpo_nb.launch wavegrad-tiny                      DLPO on the packaged WaveGrad 2
-  python -m dlpo_nb.launch --with-control                     its negative control (rewards shuffled) beside it
+  python -m dlpo_nb.launch --with-control                     its control (rewards shuffled) beside it
   python -m dlpo_nb.launch --control shuffle-advantages       the control alone
   python -m dlpo_nb.launch --method dpok --seed 1             another method, another seed
   python -m dlpo_nb.launch --texts my.txt --out runs/mine     your own texts, one per line
