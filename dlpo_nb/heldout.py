@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .audio import SAMPLE_RATE, log_mel, log_mel_distance, noise_floor_db, resample, rms_db
+from .ceilings import ceiling_lines
 from .core import UserError, asset, atomic_write, counted, keyed_generator
 from .distributed import all_gather, shard
 from .judges import judge_options, weights_of
@@ -290,10 +291,11 @@ def metric_line(name, metric, reward):
 
 
 def format_table(
-    summary,  # summary.json of a run: evaluation, method, reward, control, seed, episodes, minutes
+    summary,  # summary.json: evaluation, method, reward, control, seed, episodes, and ceiling where known
 ) -> str:  # at most 100 columns
     "The evaluation of a run as plain text for the terminal."
     evaluation, control, reward = summary["evaluation"], summary["control"], summary["reward"]
+    ceiling = ceiling_lines(summary.get("ceiling"))
     title = (
         f"{summary['method']}, reward {reward}, control {control}, seed {summary['seed']}, "
         f"{counted(summary['episodes'], 'episode')}"
@@ -313,6 +315,7 @@ def format_table(
         f"{'duration, tuned over base':<32}{'':>9}{evaluation['duration_ratio']:>9.3f}",
         *drift_lines(summary.get("drift", {})),
         "",
+        *(ceiling and [*ceiling, ""]),
         *left_out_lines(evaluation),
         *textwrap.wrap(verdict(summary), 100),
     ]

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
+from .ceilings import ceilings, heard_as
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
 from .core import RunDir, UserError, asset, counted, run_main
 from .cost import dry_run
@@ -189,6 +190,7 @@ def finish(tuner, run, config, heldout, audio, reward):
     if heldout:
         judges, rate = evaluation_judges(config, reward), tuner.model.sample_rate
         summary["evaluation"] = evaluate_run(run, audio, heldout, judges, rate)
+        summary["ceiling"] = ceilings(heard_as(tuner.model), judges, config)
         summary["drift"] = drift(tuner, heldout[:8])
     run.write_json("summary.json", summary)
     if heldout:

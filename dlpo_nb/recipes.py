@@ -219,20 +219,22 @@ class GradTTSRecipe(UtteranceRecipe):
 
     def new_policy(self, items):
         mean, std = mel_statistics(items, SMALL_MEL)
-        known = all(item.voice == "hibari" for item in items)  # the packaged vocoder knows that voice only
-        return GradTTS(GradTTSConfig.small(mean, std, vocoder="vocos" if known else "griffinlim"))
+        voice = items[0].voice if len({item.voice for item in items}) == 1 else ""
+        vocoder = "vocos" if voice == "hibari" else "griffinlim"  # the packaged one knows that voice only
+        return GradTTS(GradTTSConfig.small(mean, std, vocoder=vocoder, voice=voice))
 
     def fits(self, base, fresh):
         if base.kind != fresh.kind:
             return False
-        measured = {name: getattr(fresh.config, name) for name in ("mel_mean", "mel_std", "vocoder")}
+        measured = {name: getattr(fresh.config, name) for name in ("mel_mean", "mel_std", "vocoder", "voice")}
         return replace(base.config, **measured) == fresh.config
 
     def begin_with(self, base, fresh):
-        "The base, with the vocoder for the speaker of this corpus."
-        if base.config.vocoder == fresh.config.vocoder:
+        "The base, with the speaker of this corpus and the vocoder for it."
+        config = replace(base.config, vocoder=fresh.config.vocoder, voice=fresh.config.voice)
+        if base.config == config:
             return base
-        policy = GradTTS(replace(base.config, vocoder=fresh.config.vocoder))
+        policy = GradTTS(config)
         policy.load_state_dict(base.state_dict())
         return policy
 

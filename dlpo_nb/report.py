@@ -17,6 +17,7 @@ import soundfile
 import tyro
 
 from .audio import player_html, read_audio
+from .ceilings import ceiling_lines
 from .config import preset_of
 from .core import UserError, counted, run_main, split_lines
 from .figures import PANELS, across_seeds, control_difference, panel, read_run, reward_curve
@@ -80,7 +81,7 @@ def caution(run):
 
 # %% ../nbs/53_report.ipynb #303be098
 def evaluation_notes(run):
-    "What stands below the table of a run: distances and ratios, and which scores were left out; HTML."
+    "What stands below the table of a run: distances, ratios, ceiling, which scores were left out; HTML."
     evaluation, drift = run.evaluation, run.summary.get("drift", {})
     notes = ["Both models spoke each text from the same noise", "Intervals: paired bootstrap over texts"]
     if "log_mel_distance" in evaluation:
@@ -97,8 +98,10 @@ def evaluation_notes(run):
         f"of the {one['system']} model: {one['reason']}"
         for one in evaluation.get("left_out", [])
     )
-    lines = [". ".join(notes)] + ([f"Left out on both sides (column n): {left_out}"] if left_out else [])
-    return "".join(f'<p class="soft">{html.escape(line)}.</p>' for line in lines)
+    lines = [". ".join(notes) + "."]
+    lines += [" ".join(ceiling_lines(ceiling))] if (ceiling := run.summary.get("ceiling")) else []
+    lines += [f"Left out on both sides (column n): {left_out}."] if left_out else []
+    return "".join(f'<p class="soft">{html.escape(line)}</p>' for line in lines)
 
 
 def evaluation_table(run):

@@ -19,6 +19,7 @@ import torch
 
 from .audio import SoundWarning, read_audio
 from .core import RunDir, UserError, base_path, counted, split_lines
+from .policies import load_policy
 from .rewards.base import LONGEST
 
 # %% ../nbs/48_systems.ipynb #8f563efd
@@ -182,6 +183,13 @@ class System:
     def label(self):
         "Its name and role, for tables."
         return self.name if self.role in ("", self.name) else f"{self.name} ({self.role})"
+
+    def load(self):
+        "The policy of a model, heard through the vocoder where it needs one."
+        policy = load_policy(self.path)
+        if self.vocoder and hasattr(policy, "vocoder"):
+            policy.hear_through(self.vocoder)
+        return policy
 
 
 def base_of_run(folder):

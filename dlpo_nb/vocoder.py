@@ -89,6 +89,11 @@ class Vocoder:
         "Of items of one length."
         raise NotImplementedError
 
+    def copy(self, recordings: list) -> list:  # of (N_i,) in [-1, 1] -> of (N_i // hop * hop,)
+        "Recordings by way of their log-mels: what is left of speech without a fault."
+        mels = [log_mel(clip[None], self.mel) for clip in recordings]
+        return [self(mel, torch.tensor([mel.shape[2]]))[0] for mel in mels]
+
 
 def get_vocoder(name: str, mel: MelConfig, **options) -> Vocoder:
     "A vocoder by its name in VOCODERS. Raises UserError if there is none."

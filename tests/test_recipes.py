@@ -81,9 +81,11 @@ def test_a_base_is_heard_by_a_vocoder_that_knows_its_speaker(tmp_path, monkeypat
     recipe = recipe_for(PretrainConfig(tmp_path, tmp_path, arch="gradtts-small", steps=1))
     other, known = recipe.new_policy(items), recipe.new_policy([replace(i, voice="hibari") for i in items])
     assert isinstance(other.vocoder, GriffinLim) and isinstance(known.vocoder, Vocos)
+    assert (other.config.voice, known.config.voice) == ("", "hibari")
     known.save(tmp_path / "known.safetensors")
     begun = first_model(replace(recipe.config, start_from=str(tmp_path / "known.safetensors")), recipe, items)
     assert isinstance(begun.vocoder, GriffinLim) and begun.config.mel_mean == known.config.mel_mean
+    assert begun.config.voice == ""
     assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), known.parameters(), strict=True))
     other.save(tmp_path / "base.safetensors")
     assert isinstance(load_policy(tmp_path / "base.safetensors").vocoder, GriffinLim)

@@ -25,16 +25,10 @@ from dlpo_nb.rewards import get_reward
 from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
 from dlpo_nb.rewards.words import pooled_wer
 from dlpo_nb.text import prompts
-from dlpo_nb.vocoder import SMALL_MEL, get_vocoder, log_mel
+from dlpo_nb.vocoder import SMALL_MEL, get_vocoder
 from dlpo_nb.vocos import Vocos
 
 RATE = SMALL_MEL.sample_rate
-
-
-def copies(recordings, vocoder):
-    """The recordings through a vocoder."""
-    mels = [log_mel(clip[None], SMALL_MEL) for clip in recordings]
-    return [vocoder(mel, torch.tensor([mel.shape[2]]))[0] for mel in mels]
 
 
 def spoken(vocoder, texts, base):
@@ -57,14 +51,14 @@ def things_to_hear(args, vocoders):
     said, asked = [item.text for item in items], prompts("heldout")[: args.texts]
     what = {"recordings": (lambda: recordings, said)}
     for name, vocoder in vocoders.items():
-        what[f"recordings through {name}"] = partial(copies, recordings, vocoder), said
+        what[f"recordings through {name}"] = partial(vocoder.copy, recordings), said
     for name, vocoder in vocoders.items():
         what[f"{args.base} through {name}"] = partial(spoken, vocoder, asked, args.base), asked
     if args.other:
         strangers = other_voice(args.other)
         what["another voice"] = (lambda: strangers), None
         for name, vocoder in vocoders.items():
-            what[f"another voice through {name}"] = partial(copies, strangers, vocoder), None
+            what[f"another voice through {name}"] = partial(vocoder.copy, strangers), None
     return what
 
 

@@ -43,6 +43,7 @@ class GradTTSConfig:
     mel_std: float = 1.0
     residual_std: float = 1.0  # what x - mu is divided by
     vocoder: str = ""  # the one that knows its speaker; empty: the usual one of its mel
+    voice: str = ""  # who spoke its corpus; empty: several speakers, or not known
 
     def __post_init__(self):
         if self.network not in ("unet", "small"):
