@@ -264,7 +264,7 @@ def over_seeds_table(runs):
     note = '<p class="soft">Intervals over the seeds, each a mean over its texts: Student\'s t.</p>'
     return f"<h2>{title}</h2>" + card(table(head, rows) + note)
 
-
+# %% ../nbs/53_report.ipynb #48e9fb38
 def runs_table(runs):
     "A line per run: what it changed of the reward, and of the other judges."
     reward, blocks = runs[0].config["reward"], []
@@ -282,7 +282,7 @@ def runs_table(runs):
         blocks.append(f"<h2>{tagged(name, reward)} run by run</h2>{card(table(head, rows))}")
     return "".join(blocks)
 
-# %% ../nbs/53_report.ipynb #48e9fb38
+
 def write_comparison(run_dirs, out=None):
     """Write the page of several runs, by default comparison.html beside the first; returns its path.
 
