@@ -87,7 +87,7 @@ def test_run_directory(finished):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["heldout_texts"] == 2
     assert ("wer" in summary["evaluation"]["metrics"]) == bool(WER.found_weights())
-    assert summary["ceiling"]["vocoder"] == "vocos" and "distillmos" in summary["ceiling"]["judges"]
+    assert summary["ceiling"]["vocoder"] == "griffinlim" and "distillmos" in summary["ceiling"]["judges"]
     assert "The vocoder's ceiling (64 held-out texts" in printed
     assert (out / "samples" / "base_001.wav").exists() and (out / "samples" / "tuned_001.wav").exists()
     assert "report.html" in printed
