@@ -44,7 +44,8 @@ class FinetuneSettings:
     rollout_steps: int = 10  # K, denoising steps of a rollout
     spacing: Literal["geometric", "trailing"] = "geometric"  # how the K steps are chosen
     train_steps: str = "last:3"  # actions that are trained: all, first:N, middle:N, last:N or random:N
-    # of the trained steps: all alike, or each by 1 / sqrt(kappa), so that its noise is as loud as another's
+    # of the trained steps, their KL too: all alike, or each by 1 / sqrt(kappa), of mean 1, so that its noise
+    # is as loud as another's
     step_weights: Literal["none", "kappa"] = "none"
     reduction: Literal["mean", "sum"] = "mean"  # of log-probabilities and KL over the numbers of a state
     inner_epochs: int = 1  # updates on each batch of rollouts

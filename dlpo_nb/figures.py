@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTES', 'INK', 'INKED', 'CLEAR', 'PANELS', 'RunRecord', 'read_run', 'style', 'series', 'running_mean', 'draw_kind',
            'draw_metric', 'draw_spread', 'reward_curve', 'panel', 'text_changes', 'true_minus_control',
-           'control_difference', 'beyond_lines', 'across_seeds']
+           'control_difference', 'beyond_lines', 'seeds_paired', 'across_seeds']
 
 # %% ../nbs/52_figures.ipynb #a1f8a054
 from dataclasses import dataclass
@@ -256,26 +256,35 @@ def beyond_lines(beyond, reward) -> list:  # of str, at most 100 columns
     return [head, *(metric_line(name, lines[name], reward) for name in ordered(metrics, reward))]
 
 # %% ../nbs/52_figures.ipynb #ce64d668
-def across_seeds(runs) -> dict | None:  # {measurement: {base, run, control, difference}}; None below 2 seeds
-    """What runs and their controls of the same seeds changed, a mean over texts per seed;
-    run, control and difference are (mean, low, high) over the seeds. `runs`: `RunRecord`s or folders."""
-    runs = [run if isinstance(run, RunRecord) else read_run(run) for run in runs]
-    of = {(run.is_control, run.config["seed"]): run for run in runs if run.evaluation}
+def seeds_paired(runs) -> dict:  # {seed: (run, control)}; {} if two runs of a side share a seed
+    "Runs and controls of the same seeds, both evaluated."
+    evaluated = [run for run in runs if run.rows]
+    of = {(run.is_control, run.config["seed"]): run for run in evaluated}
+    if len(of) < len(evaluated):
+        return {}  # other methods or settings: which is whose control is not known
     seeds = sorted(seed for control, seed in of if not control and (True, seed) in of)
-    if len(seeds) < 2:
+    return {seed: (of[False, seed], of[True, seed]) for seed in seeds}
+
+
+def across_seeds(runs) -> dict | None:  # seeds, metrics {name: base, run, control, difference}
+    """What runs and their controls of the same seeds changed: a mean over texts per seed, and of run, control
+    and difference (mean, low, high) over the seeds. None below two seeds, or where two runs share one.
+
+    runs: `RunRecord`s or folders of one method and reward."""
+    pairs = seeds_paired([run if isinstance(run, RunRecord) else read_run(run) for run in runs])
+    if len(pairs) < 2:
         return None
-
-    def changes(control, name):
-        return np.array([of[control, seed].evaluation["metrics"][name]["difference"] for seed in seeds])
-
-    def rows(name):
-        true, shuffled = changes(False, name), changes(True, name)
-        base = np.mean([of[False, seed].evaluation["metrics"][name]["base"] for seed in seeds])
-        values = dict(run=true, control=shuffled, difference=true - shuffled)
-        return dict(base=float(base)) | {key: student_interval(value) for key, value in values.items()}
-
-    measured = [set(of[side, seed].evaluation["metrics"]) for side in (False, True) for seed in seeds]
-    names = [
-        name for name in of[False, seeds[0]].evaluation["metrics"] if all(name in own for own in measured)
-    ]
-    return dict(seeds=seeds, metrics={name: rows(name) for name in names})
+    changes = {seed: [text_changes(run) for run in pair] for seed, pair in pairs.items()}
+    every = [change for pair in changes.values() for change in pair]
+    texts = [text for text in every[0] if all(text in change for change in every)]
+    metrics = {}
+    for name in dict.fromkeys(name for text in texts for name in every[0][text]):
+        judged = [text for text in texts if all(name in change[text] for change in every)]
+        if judged:
+            mean = lambda change: np.mean([change[text][name] for text in judged])
+            run, control = (np.array([mean(pair[side]) for pair in changes.values()]) for side in (0, 1))
+            rows = [row for true, _ in pairs.values() for row in true.rows["base"] if row["text"] in judged]
+            values = dict(run=run, control=control, difference=run - control)
+            base = float(np.mean([row[name] for row in rows]))
+            metrics[name] = dict(base=base) | {key: student_interval(value) for key, value in values.items()}
+    return dict(seeds=list(pairs), n=len(texts), metrics=metrics)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'metadata', 'train', 'speak_heldout',
-           'evaluate_run', 'finish', 'rehearse', 'launch', 'run_job', 'carry_out', 'start_control',
-           'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
+           'evaluate_run', 'finish', 'rehearse', 'launch', 'run_job', 'carry_out', 'check_control', 'start_control',
+           'remark_on_failure', 'last_words', 'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
 
 # %% ../nbs/54_launch.ipynb #da332b6f
 import contextlib
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
 from .ceilings import ceilings, heard_as
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
-from .core import RunDir, UserError, asset, counted, run_main
+from .core import RunDir, UserError, asset, counted, run_main, split_lines
 from .cost import dry_run
 from .diagnostics import drift
 from .distributed import begun_here, join, on_first_rank, open_board, rank, run_process
@@ -36,7 +37,17 @@ from .lora import merged
 from .figures import beyond_lines, control_difference, read_run
 from .report import write_comparison, write_report
 from .rewards.base import as_reward
-from .settings import flags_beyond, parse, read_inputs, recorded, write_record
+from dlpo_nb.settings import (
+    AWAY,
+    MAY_CHANGE,
+    UNRECORDED,
+    as_flags,
+    parse,
+    read_inputs,
+    recorded,
+    stored_config,
+    write_record,
+)
 from .text import prompts
 
 # %% ../nbs/54_launch.ipynb #15a25169
@@ -224,8 +235,12 @@ def rehearse(preset, config, reward, sample_rate=SAMPLE_RATE):
 def launch(preset, config):
     """Run a fine-tuning job from settings to report, in one process or in each of several;
     with its control beside it where the settings say so. Returns the run's folder."""
-    beside = config.with_control and not config.dry_run
-    return run_beside_control(preset, config) if beside else run_job(preset, config)
+    if config.with_control and not config.dry_run:
+        return run_beside_control(preset, config)
+    run = run_job(preset, config)
+    if config.with_control:
+        print("the control takes as much again, at the same time")
+    return run
 
 
 def run_job(preset, config):
@@ -263,46 +278,86 @@ def carry_out(preset, config, device):
     return run
 
 # %% ../nbs/54_launch.ipynb #4bcc6c63
+def check_control(config, folder):
+    "Raises UserError if the folder of the control holds a run that is not the control of this one."
+    if not (folder / "config.json").exists():
+        return
+    if not config.resume:
+        raise UserError(f"{folder} holds a run already, where the control would go; choose another --out.")
+    mine, theirs = config.flat(), stored_config(folder)[1].flat()
+    free = {*AWAY, *UNRECORDED, *MAY_CHANGE}
+    differ = [name for name in mine if name not in free and mine[name] != theirs.get(name)]
+    if differ or theirs["control"] == "none":
+        raise UserError(
+            f"{folder} does not hold the control of this run (other: {', '.join(differ) or 'control'}); "
+            "resume with --no-with-control, or start a new run."
+        )
+
+
 def start_control(preset, config):
-    "The control of a run, begun or resumed in the folder OUT-control: its process; None if it is done."
+    "The process of the control, begun or resumed in the folder OUT-control; None if it is done."
     folder = RunDir(f"{config.out}-control")
-    if (folder.path / "summary.json").exists():
-        if folder.read_json("summary.json")["episodes"] == config.episodes:
-            return None
-    flags = [*flags_beyond(preset, config.flat()), "--control", "shuffle-advantages"]
-    flags += ["--out", str(folder.path), *(["--resume"] if (folder.path / "config.json").exists() else [])]
+    check_control(config, folder.path)
+    done = folder.path / "summary.json"
+    if done.exists() and folder.read_json(done.name)["episodes"] == config.episodes:
+        return None
+    settings = {name: value for name, value in config.flat().items() if name not in AWAY}
+    flags = [*as_flags(settings), "--control", "shuffle-advantages", "--out", str(folder.path)]
+    flags += ["--resume"] if (folder.path / "config.json").exists() else []
     with open(folder.path / "log.txt", "a") as log:
         command = [sys.executable, "-m", "dlpo_nb.launch", preset, *flags]
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    print(f"the control runs beside it in {folder.path}; what it prints is in its log.txt", flush=True)
+    threading.Thread(target=remark_on_failure, args=(process, folder.path), daemon=True).start()
+    return process
 
 
+def remark_on_failure(process, folder):
+    "Says at once that the control has failed, and why."
+    if process.wait() > 0:
+        print(f"\nthe control has failed: {last_words(folder)}", file=sys.stderr, flush=True)
+
+
+def last_words(folder) -> str:
+    "Why a control has ended: its last error, or else its last line."
+    text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+    lines = [
+        line.strip(" │") for line in split_lines(text.replace("\r", "\n")) if any(map(str.isalnum, line))
+    ]
+    return next(
+        (line for line in reversed(lines) if "error" in line.lower()), (lines or ["it says nothing"])[-1]
+    )
+
+# %% ../nbs/54_launch.ipynb #40d7a715
 def run_beside_control(preset, config):
     """Run a job, and its control in a process beside it; lay the two side by side.
     Raises UserError if the control did not finish, once the run itself has."""
     if under_torchrun():
         raise UserError(
-            "--with-control is for a run that torchrun has not started; run the control by itself."
+            "--with-control is for a run that torchrun has not started: run the control by itself."
         )
+    config.check()
     check_given(config)
     path = open_run(preset, config).path
     unlock_folders()  # for a moment: `begin` takes it again
-    threads = config.threads or max(1, (os.cpu_count() or 1) // 2)
+    threads = config.threads or max(1, torch.get_num_threads() // 2)
     config, control = replace(config, out=str(path), threads=threads), Path(f"{path}-control")
-    process = start_control(preset, config)
-    print(f"the control runs beside it in {control}; what it prints is in {control / 'log.txt'}", flush=True)
+    process, again = start_control(preset, config), f"resume both with --out {path} --resume"
     try:
         run = run_job(preset, config)
-    except BaseException:
+        if process and process.poll() is None:
+            print("waiting for the control", flush=True)
+            process.wait()
+    except BaseException as error:
         if process:
             process.terminate()
+            process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            raise UserError(f"interrupted while the control was at work; {again}") from None
         raise
-    if process and process.poll() is None:
-        print("waiting for the control", flush=True)
-    if process and process.wait():
-        last = (control / "log.txt").read_text(encoding="utf-8").split("\n")[-2:][0]
-        raise UserError(
-            f"the control in {control} did not finish ({last}); resume it with --out {path} --resume"
-        )
+    if process and process.returncode:
+        why = f"exit status {process.returncode}: {last_words(control)}"
+        raise UserError(f"the control in {control} did not finish ({why}); {again}")
     lay_side_by_side(run, control)
     return run
 

@@ -35,7 +35,8 @@ def control_command(run):
         if key not in away
         for part in ("--" + key.replace("_", "-"), str(value))
     ]
-    flags = run.config.get("flags", every)  # older runs did not record which flags differ from the preset
+    # what the presets of older runs were is not known any more: all settings
+    flags = run.config["flags"] if "vocoder" in run.config else every
     control = str(Path(f"{run.path}-control"))
     launch = ["python", "-m", "dlpo_nb.launch", preset_of(run.config), *flags]
     launch += ["--control", "shuffle-advantages", "--out", control]
@@ -59,7 +60,7 @@ def headline(run):
     svg = interval_svg(metric["low"], metric["difference"], metric["high"], 240) if metric else ""
     return card(f"{number}<div>{svg}{html.escape(verdict(run.summary))}</div>", "headline")
 
-
+# %% ../nbs/53_report.ipynb #9445447c
 def caution(run):
     "What may not be concluded from one run, and the command that would tell."
     if run.is_control:
@@ -71,6 +72,13 @@ def caution(run):
         )
     if run.evaluation is None:
         return ""
+    if run.config.get("with_control"):
+        return card(
+            f"<b>On its own this proves nothing.</b> {html.escape(CAUTION)} The control of this run is in "
+            f"{html.escape(run.path.name)}-control; "
+            "<a href='comparison.html'>comparison.html</a> has both side by side.",
+            "caution",
+        )
     command = html.escape(control_command(run))
     changed = " Settings were changed on the way (changes, below); the control needs the same."
     return card(
@@ -218,25 +226,30 @@ def write_report(run_dir, out=None):
 
 # %% ../nbs/53_report.ipynb #81ce9e02
 def comparison_headline(runs):
-    "What the true rewards changed beyond the shuffled ones, or that this takes both kinds of run."
-    reward, beyond = runs[0].config["reward"], control_difference(runs)
+    "What the true rewards changed beyond the shuffled ones, or that this takes both kinds of run, evaluated."
+    reward, beyond, over = runs[0].config["reward"], control_difference(runs), across_seeds(runs)
     if beyond is None or reward not in beyond["metrics"]:
-        return card("<b>No control, no conclusion.</b> " + html.escape(CAUTION), "caution")
+        both = len({run.is_control for run in runs}) == 2
+        why = "<b>Not evaluated, no conclusion.</b> " if both else "<b>No control, no conclusion.</b> "
+        return card(why + html.escape(CAUTION), "caution")
     metric = beyond["metrics"][reward]
+    covers = "covers the choice of texts, not of training seeds"
+    if over:
+        metric = metric | dict(zip(("difference", "low", "high"), over["metrics"][reward]["difference"]))
+        covers = f"is over {len(over['seeds'])} training seeds (Student's t)"
     word = {"rose": "more than", "fell": "less than"}.get(direction(metric), "not clearly more than")
     sentence = (
         f"With the true rewards, held-out {reward} changed by {metric['run']:+.3f}; "
         f"with shuffled ones by {metric['control']:+.3f}: {word} its control "
         f"(difference {metric['difference']:+.3f}, "
         f"95 % interval {metric['low']:+.3f} to {metric['high']:+.3f}, {counted(metric['n'], 'text')}, "
-        f"runs: {beyond['runs']}, controls: {beyond['controls']}). "
-        "The interval covers the choice of texts, not of training seeds."
+        f"runs: {beyond['runs']}, controls: {beyond['controls']}). The interval {covers}."
     )
     svg = interval_svg(metric["low"], metric["difference"], metric["high"], 240)
     number = f"<div class='big'>{metric['difference']:+.3f}</div>"
     return card(f"{number}<div>{svg}{html.escape(sentence)}</div>", "headline") + beyond_table(beyond, reward)
 
-
+# %% ../nbs/53_report.ipynb #9b4c6991
 def beyond_table(beyond, reward):
     "Every measurement of `control_difference`."
     rows = []

@@ -30,7 +30,7 @@ class SayConfig:
     # a packaged base (gradtts_small, tiny_base), a .safetensors or a released checkpoint
     base: str = "gradtts_small"
     steps: int = 10  # sampling steps
-    vocoder: str = ""  # vocos, griffinlim or hifigan; empty: what the base's file says
+    vocoder: str = ""  # vocos, griffinlim or hifigan; empty: what DLPO_VOCODER names, else the base's file
     seed: int = 0  # of the noise
     out: Path = Path("say.wav")  # .wav, .flac or .mp3
     play: bool = False  # through the loudspeaker, where a player is installed

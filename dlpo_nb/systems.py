@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOWEST_RATE', 'SUFFIXES', 'Clip', 'read_clip', 'by_number', 'audio_files', 'read_transcript', 'numbered',
-           'match_files', 'System', 'base_of_run', 'as_system', 'without_doubles', 'find_systems', 'baseline']
+           'match_files', 'System', 'base_of_run', 'as_system', 'without_doubles', 'find_systems', 'baseline',
+           'runs_of', 'choose_steps', 'choose_vocoder', 'heard_through']
 
 # %% ../nbs/48_systems.ipynb #24ade8d0
 import re
@@ -21,6 +22,7 @@ from .audio import SoundWarning, read_audio
 from .core import RunDir, UserError, base_path, counted, split_lines
 from .policies import load_policy
 from .rewards.base import LONGEST
+from .vocoder import VOCODERS
 
 # %% ../nbs/48_systems.ipynb #8f563efd
 LOWEST_RATE = 16000  # samples per second; below, too much of speech is missing to compare
@@ -273,3 +275,67 @@ def baseline(systems):
     return min(
         (s for s in systems if s.role != "ground truth"), key=lambda s: s.role != "base", default=systems[0]
     )
+
+# %% ../nbs/48_systems.ipynb #42b42dbc
+def runs_of(systems) -> dict:  # {name: settings}
+    "What config.json says of those systems that are tuned models of runs."
+    found = {}
+    for system in systems:
+        run = system.path.parent.parent
+        in_run = system.kind == "model" and system.path.parent.name == "checkpoints"
+        if in_run and (run / "config.json").is_file():
+            found[system.name] = RunDir(run, create=False).read_json("config.json")
+    return found
+
+
+def choose_steps(config, runs) -> tuple:  # (number of steps, spacing), list of notes
+    "How all models are sampled: as set, or else as the first run was tuned."
+    tuned = {
+        name: (stored.get("rollout_steps", 10), stored.get("spacing", "geometric"))
+        for name, stored in runs.items()
+    }
+    steps, spacing = next(iter(tuned.values()), (10, "geometric"))
+    chosen = (config.rollout_steps or steps, config.spacing or spacing)
+    return chosen, [
+        f"models speak in {chosen[0]} {chosen[1]} steps, noise seed {config.seed}",
+        *(
+            f"{name} was tuned with {own[0]} {own[1]} steps and is heard with {chosen[0]} {chosen[1]} ones"
+            for name, own in tuned.items()
+            if own != chosen
+        ),
+    ]
+
+# %% ../nbs/48_systems.ipynb #a275847c
+def choose_vocoder(config, runs) -> tuple:  # its name or "", list of notes
+    "What all spectrograms are heard through: as set, or else as in the first run that made any."
+    tuned = {
+        name: stored.get("vocoder") or stored.get("inputs", {}).get("vocoder", "").partition(" ")[0]
+        for name, stored in runs.items()
+    }
+    chosen = config.vocoder or next(filter(None, tuned.values()), "")
+    return chosen, [
+        f"{name} was tuned through {own} and is heard through {chosen}"
+        for name, own in tuned.items()
+        if own not in ("", chosen)
+    ]
+
+
+def heard_through(systems, vocoder, asked) -> tuple:  # systems, list of notes
+    """The systems with their vocoder, of those models that have one.
+    Raises UserError if it was `asked` for and does not fit, or is none."""
+    if asked:
+        VOCODERS.get(vocoder)
+    heard, notes = [], []
+    for system in systems:
+        policy = system.load() if vocoder and system.kind == "model" else None
+        if hasattr(policy, "vocoder"):
+            try:
+                policy.hear_through(vocoder)
+                system = replace(system, vocoder=vocoder)
+                notes.append(f"{system.name}: its spectrograms are heard through {vocoder}")
+            except UserError as error:
+                if asked:
+                    raise
+                notes.append(f"{system.name} is heard through its own vocoder: {error}")
+        heard.append(system)
+    return heard, notes

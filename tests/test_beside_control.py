@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import commands
 import pytest
 
 from dlpo_nb import launch as module
-from dlpo_nb.core import RunDir, UserError
-from dlpo_nb.evaluate import choose_vocoder
+from dlpo_nb.core import RunDir, UserError, asset
 from dlpo_nb.evaluate import EvaluateConfig
-from dlpo_nb.settings import LaunchConfig, parse
+from dlpo_nb.launch import check_control, last_words
+from dlpo_nb.settings import AWAY, LaunchConfig, as_flags, flags_beyond, parse, recorded
+from dlpo_nb.systems import System, choose_vocoder, heard_through
 
 launch = partial(commands.run, "launch")
 SMALL = ["--batch-size", "4", "--group-size", "2", "--heldout", "2", "--threads", "1", "--rollout-steps", "3"]
@@ -50,7 +52,7 @@ def test_a_control_that_fails_is_said_after_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "start_control", start)
     monkeypatch.setattr(module, "run_job", lambda preset, config: RunDir(config.out))
     config = LaunchConfig(with_control=True, out=str(out))
-    with pytest.raises(UserError, match=r"did not finish \(error: no room\); resume it with"):
+    with pytest.raises(UserError, match=r"did not finish \(exit status 1: error: no room\); resume both"):
         module.launch("wavegrad-tiny", config)
 
 
@@ -60,8 +62,54 @@ def test_a_control_has_no_control():
 
 
 def test_models_are_heard_as_the_first_run_was():
-    runs = {"a": {}, "b": {"vocoder": "griffinlim"}, "c": {"vocoder": "vocos"}}
+    runs = {"a": {"inputs": {"vocoder": ""}}, "b": {"vocoder": "griffinlim"}, "c": {"vocoder": "vocos"}}
     chosen, notes = choose_vocoder(EvaluateConfig(), runs)
-    assert chosen == "griffinlim" and "c was tuned through vocos and is heard through griffinlim" in notes
+    assert chosen == "griffinlim" and notes == ["c was tuned through vocos and is heard through griffinlim"]
     assert choose_vocoder(EvaluateConfig(vocoder="vocos"), runs)[0] == "vocos"
     assert choose_vocoder(EvaluateConfig(), {"a": {}}) == ("", [])
+    old = {"old": {"inputs": {"vocoder": "vocos 123"}}}  # before there was --vocoder
+    assert choose_vocoder(EvaluateConfig(), old)[0] == "vocos"
+
+
+def test_only_spectrograms_have_a_vocoder():
+    small = System("small", "model", asset("gradtts_small.safetensors"))
+    wave = System("wave", "model", asset("tiny_base.safetensors"))
+    systems, notes = heard_through([small, wave], "griffinlim", True)
+    assert [system.vocoder for system in systems] == ["griffinlim", ""] and len(notes) == 1
+    with pytest.raises(UserError, match="nosuch"):
+        heard_through([wave], "nosuch", True)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["wavegrad-tiny"],
+        ["--method", "klinr", "--beta", "0.3", "--episodes", "30"],
+        ["--reward=-wer", "--vocoder", "vocos"],
+        ["--base-checkpoint", str(asset("gradtts_small.safetensors")), "--vocoder", "griffinlim"],
+    ],
+)
+def test_flags_say_what_they_were_made_of(flags):
+    """Of the control's process, of a control begun with other values, and of the record."""
+    preset, config = parse(flags)
+    settings = {name: value for name, value in config.flat().items() if name not in AWAY}
+    assert parse([preset, *as_flags(settings)])[1] == config
+    assert parse([preset, *flags_beyond(preset, config.flat())])[1] == config
+
+
+def test_a_folder_of_another_run_is_not_taken_as_the_control(tmp_path):
+    folder = RunDir(tmp_path / "run-control")
+    _, other = parse(["--seed", "7", "--control", "shuffle-advantages"])
+    folder.write_json("config.json", recorded("tiny", other, {}))
+    for resume, words in (
+        (False, "holds a run already"),
+        (True, "not hold the control of this run .other: seed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_control(replace(parse([])[1], resume=resume, out="run"), folder.path)
+
+
+def test_the_last_words_of_a_control(tmp_path):
+    (tmp_path / "log.txt").write_text("a bar 1/2\r a bar 2/2\n╭─╮\n│ error: no such base │\n╰─╯\n")
+    assert last_words(tmp_path) == "error: no such base"

@@ -30,7 +30,7 @@ def run(preset, experiment, name, flags, threads):
     out.parent.mkdir(parents=True, exist_ok=True)
     if (kept / "summary.json").exists():
         return out
-    resume = ["--resume"] if (out / "checkpoints" / "state.pt").exists() else []
+    resume = ["--resume"] if (out / "config.json").exists() else []
     command = [sys.executable, "-m", "dlpo_nb.launch", preset, "--out", str(out.relative_to(ROOT))]
     with open(out.parent / f"{name}.log", "a") as log:
         command += ["--threads", str(threads), *flags, *resume]
