@@ -12,7 +12,7 @@ from make_run import TEXTS, make_run
 
 from dlpo_nb.audio import write_audio
 from dlpo_nb.core import RunDir, UserError
-from dlpo_nb.figures import control_difference, read_run, reward_curve
+from dlpo_nb.figures import across_seeds, control_difference, read_run, reward_curve
 from dlpo_nb.heldout import Row, compare, read_rows, write_rows
 from dlpo_nb.report import control_command, main, write_comparison, write_report
 
@@ -216,6 +216,7 @@ def test_a_method_that_this_process_does_not_know(tmp_path):
         | {
             "objective": {"alpha": 1.0, "beta": 2.0},
             "flags": ["--method", "positive", "--beta", "2.0"],
+            "vocoder": "",
             "changes": [{"episode": 3, "beta": 1.0}],
         },
     )
@@ -224,6 +225,30 @@ def test_a_method_that_this_process_does_not_know(tmp_path):
         "launch wavegrad-tiny --method positive --beta 2.0 --control" in page.said
         and "Settings were changed on the way" in page.said
     )
+
+
+def test_the_control_beside_a_run_is_named(tmp_path):
+    path = make_run(tmp_path / "run")
+    RunDir(path).write_json("config.json", RunDir(path).read_json("config.json") | {"with_control": True})
+    page = checked(write_report(path))
+    assert (
+        "The control of this run is in run-control" in page.said
+        and "--control" not in page.said.split("Details")[0]
+    )
+
+
+def test_seeds_without_a_control_each_are_no_pairs(tmp_path):
+    """Two runs that share a seed: which is whose control is not known."""
+    runs = [make_run(tmp_path / f"{i}", seed=i % 2) for i in range(4)]
+    controls = [
+        make_run(tmp_path / f"c{i}", seed=i, control="shuffle-advantages", effect=0.0) for i in range(2)
+    ]
+    assert across_seeds(runs + controls) is None and across_seeds(runs[:2] + controls[:1]) is None
+    over = across_seeds(runs[:2] + controls)
+    assert over["seeds"] == [0, 1] and over["n"] == 64
+    beyond = control_difference(runs[:2] + controls)["metrics"]
+    for name, row in over["metrics"].items():  # the same means, other intervals
+        assert row["difference"][0] == pytest.approx(beyond[name]["difference"])
 
 
 def test_a_text_that_one_run_lacks_is_left_out_of_all(tmp_path):
