@@ -75,7 +75,7 @@ def caution(run):
     if run.config.get("with_control"):
         return card(
             f"<b>On its own this proves nothing.</b> {html.escape(CAUTION)} The control of this run is in "
-            f"{html.escape(run.path.name)}-control; comparison.html, beside this page, has both side by side.",
+            f"{html.escape(run.path.name)}-control; comparison.html beside this page has both side by side.",
             "caution",
         )
     command = html.escape(control_command(run))
