@@ -110,7 +110,9 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
         k = torch.randint(0, chain.schedule.num_steps, (n,), generator=generator)
         recorded, noise = torch.randn(2, n, 1, generator=generator, dtype=torch.float64)
         d = chain.denoising(x[0] if speech == "sample" else recorded, b, k, noise)
-        yield Replay(weights, denoising=d)
+        # the chain's predictions differ by a constant, at every level
+        other = b_ref if objective.anchor == "reference" else b.detach()
+        yield Replay(weights, denoising=d, denoising_shift=(b - other).square()[:, 0])
         if objective.reward_side:
             penalty = d.detach() - d.detach().mean()
     if "log_ratio" in objective.needs:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'Conditioning', 'state_mask', 'check_symbols', 'state_durations', 'recorded', 'check_policy', 'Policy',
-           'evaluating', 'draw_noise', 'as_id_lists', 'synthesise', 'denoising_loss', 'duration_loss', 'stored_config',
-           'kind_in', 'load_policy']
+           'evaluating', 'draw_noise', 'as_id_lists', 'synthesise', 'masked_mean', 'denoising_loss', 'duration_loss',
+           'stored_config', 'kind_in', 'load_policy']
 
 # %% ../nbs/04b_policy.ipynb #45cd67d6
 import json
@@ -154,10 +154,14 @@ class Policy(nn.Module, ABC):
         """The states x_0 (B, T * width) of recordings (B, N) whose text and durations are those of
         `conditioning`."""
 
+    def squared_error(self, eps, target, level) -> torch.Tensor:
+        """Squared difference of two guesses of the noise (B, T * width), in the units of what the network is
+        trained to say (Ho et al. 2020, eq. 14)."""
+        return (eps - target).square()
+
     def denoising_error(self, eps, noise, level) -> torch.Tensor:
-        """What the denoising loss is the mean of (B, T * width):
-        the squared difference of prediction and noise (Ho et al. 2020, eq. 14)."""
-        return (eps - noise).square()
+        "What the denoising loss is the mean of (B, T * width): the squared error of the prediction."
+        return self.squared_error(eps, noise, level)
 
     def duration_loss(self, conditioning, durations) -> torch.Tensor:
         "Mean squared error (B,) of the predicted durations in seconds; targets (B, L) in frames."
@@ -262,6 +266,17 @@ def synthesise(
     return [clip[:n] for clip, n in zip(audio, lengths.tolist())]
 
 # %% ../nbs/04b_policy.ipynb #9b942da3
+def masked_mean(
+    values: torch.Tensor,  # (B, N)
+    mask: torch.Tensor | None = None,  # (B, N), numbers that count; None: all
+    reduction: str = "mean",  # "mean" over all numbers that count, or "none": a mean for each item
+) -> torch.Tensor:  # 0-d, or (B,)
+    "Mean of what counts."
+    mask = torch.ones_like(values) if mask is None else mask
+    dims = None if reduction == "mean" else 1
+    return (values * mask).sum(dims) / mask.sum(dims)
+
+
 def denoising_loss(
     policy: Policy,
     x_0: torch.Tensor,  # (B, N) clean states, N = T * width
@@ -274,10 +289,8 @@ def denoising_loss(
 ) -> torch.Tensor:  # 0-d, or (B,)
     "Mean distance of the predicted noise from the true one."
     noisy = level * x_0 + (1 - level**2).clamp(min=0).sqrt() * noise
-    error = policy.denoising_error(policy.predict_noise(noisy, hidden, level, frames), noise, level)
-    mask = torch.ones_like(error) if mask is None else mask
-    dims = None if reduction == "mean" else 1
-    return (error * mask).sum(dims) / mask.sum(dims)
+    eps = policy.predict_noise(noisy, hidden, level, frames)
+    return masked_mean(policy.denoising_error(eps, noise, level), mask, reduction)
 
 
 def duration_loss(
@@ -288,8 +301,7 @@ def duration_loss(
     reduction: str = "mean",  # "mean" over all symbols, or "none": a mean for each item
 ) -> torch.Tensor:  # 0-d, or (B,)
     "Mean squared error of the durations in seconds, over the symbols."
-    dims = None if reduction == "mean" else 1
-    return ((seconds - durations / frame_rate) ** 2 * mask).sum(dims) / mask.sum(dims)
+    return masked_mean((seconds - durations / frame_rate) ** 2, mask, reduction)
 
 # %% ../nbs/04b_policy.ipynb #fd78f464
 def stored_config(entry, path, metadata):

@@ -196,7 +196,9 @@ def test_kl_form_reaches_the_loss(form):
 def test_what_is_left_to_the_method():
     found = {m: FinetuneConfig.of(m).resolved() for m in OBJECTIVES.names()}
     built = {m: c.objective for m, c in found.items()}
-    betas = dict(rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None)
+    betas = dict(
+        rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None, awm=1.0, nft=1.0
+    )
     assert {m: getattr(built[m], "beta", None) for m in betas} == betas
     assert (
         built["rwr"].denoising_source == "sample"
@@ -268,6 +270,9 @@ def test_broken_state_file(tmp_path):
         (dict(beta=float("nan")), "beta"),
         (dict(train_steps="last:²"), "train steps"),
         (dict(method="dpok", tau=2.0), "option of rwr"),
+        (dict(method="dpok", anchor="old"), "option of awm, nft"),
+        (dict(method="awm", group_size=1, fork=0), "group advantages need at least 2"),
+        (dict(method="rwr", rwr_weights="best", group_size=1, fork=0), "at least 2 rollouts per text"),
         (dict(batch_size=5), "group-size"),
         (dict(control="x"), "control"),
         (dict(episodes=0), "episodes"),

@@ -17,6 +17,7 @@ import json
 import math
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,11 +37,11 @@ from small_policy import (
 )
 from torch.distributions import Normal, kl_divergence as torch_kl
 
-from dlpo_nb import mdp
+from dlpo_nb import finetune, mdp
 from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.config import FinetuneConfig
-from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_loss
+from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_errors, windowed_loss
 from dlpo_nb.diagnostics import drift
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
@@ -705,6 +706,60 @@ def test_reward_weighted_regression():
         raw.weights_of(torch.tensor([1.0, -0.1]), None)
 
 
+def test_the_best_of_each_text():
+    """29, best-of-n: weight G on the best member of each group, none on the others; one member is refused."""
+    rewards = torch.tensor([0.1, 0.5, -2.0, -3.0, 4.0, 4.0]).double()
+    for size, exact in ((2, [0, 2, 2, 0, 2, 0]), (3, [0, 3, 0, 0, 3, 0]), (6, [0, 0, 0, 0, 6, 0])):
+        best = (
+            FinetuneConfig.of("rwr", rwr_weights="best", batch_size=6, group_size=size).resolved().objective
+        )
+        assert best.weights_of(rewards, None).tolist() == exact
+    with pytest.raises(UserError, match="at least 2 rollouts per text"):
+        FinetuneConfig.of("rwr", rwr_weights="best", group_size=1).resolved()
+
+
+def test_nft_is_awm_without_its_curvature():
+    """The printed loss of DiffusionNFT, times c / beta, is ours and a constant; second derivatives of the two
+    are 2 (a + beta) and 2 beta, and at the old policy they have one gradient."""
+    v_old, target, at, a = (normal(50, seed=i) for i in range(4))
+    v, beta, c = at.requires_grad_(), 0.7, 5.0
+
+    def derivatives(loss, v):
+        (slope,) = torch.autograd.grad(loss.sum(), v, create_graph=True)
+        return slope, torch.autograd.grad(slope.sum(), v)[0]
+
+    def ours(name, v):
+        replayed = Replay(a, denoising=(v - target).square(), denoising_shift=(v - v_old).square())
+        return 50 * get_objective(name, beta=beta)(replayed).total
+
+    r, b = (1 + a / c) / 2, beta / c
+    plus, minus = v_old + b * (v - v_old), v_old - b * (v - v_old)
+    literal = c / b * (r * (plus - target).square() + (1 - r) * (minus - target).square())
+    for one, other in zip(derivatives(ours("nft", v), v), derivatives(literal, v)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for name, curvature in (("awm", 2 * (a + beta)), ("nft", torch.full_like(a, 2 * beta))):
+        torch.testing.assert_close(derivatives(ours(name, v), v)[1], curvature, rtol=1e-12, atol=1e-12)
+    start = v_old.clone().requires_grad_()
+    slopes = [derivatives(ours(name, start), start)[0] for name in ("awm", "nft")]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["awm", "nft"])
+@pytest.mark.parametrize("reward", [identity, curved])
+def test_advantage_weighted_matching(name, reward):
+    """On the chain: 2 mean(c) Cov(r, x0) = 2 mean(c) v0 E[r'], and 2 beta (b - b_ref) from the base."""
+    chain, n, b_ref = GaussianChain(), 50_000, 0.1
+    slope = 1.0 if reward is identity else -2 * (chain.mean(B) - 1)
+    objective = get_objective(name, alpha=2.0, beta=0.5, anchor="reference")
+    found = chain_gradient(
+        objective, chain, B, n, seeded(), reward, lambda r: advantages(r, "leave-one-out"), b_ref
+    )
+    agrees(found["policy"], 2 * 2 * float(chain.overlap.mean()) * chain.variance * slope)
+    torch.testing.assert_close(
+        found["penalty"], torch.full((n,), B - b_ref, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
 def test_released_is_the_gradient_of_d():
     """30, the objective: no reward reaches the gradient, which is that of D on data, bit for bit."""
     objective, d = get_objective("released"), normal(6).square().requires_grad_()
@@ -1004,7 +1059,7 @@ def test_both_parts_of_dlpo_in_the_loop():
     to the right rollouts."""
     tuner = make("dlpo", beta=0.7, denoising_steps=2)
     t = collect(tuner, 0)
-    level = [[d for j, n, d, _ in denoising_losses(tuner, t, "sample", 0, 0) if j == i] for i in range(2)]
+    level = [[d for j, n, d, *_ in denoising_losses(tuner, t, "sample", 0, 0) if j == i] for i in range(2)]
     d = (torch.cat(level[0]) + torch.cat(level[1])) / 2
     direct = 0.7 * by_hand(tuner, d.mean())
     centred = (d.view(2, 2) - d.view(2, 2).mean(1, keepdim=True)).flatten().detach()
@@ -1028,7 +1083,7 @@ def test_a_step_of_the_loop_lowers_d(source):
 
     def current():
         return (
-            torch.cat([d.detach() for _, _, d, _ in denoising_losses(tuner, t, source, 0, 0)]).mean().item()
+            torch.cat([d.detach() for _, _, d, *_ in denoising_losses(tuner, t, source, 0, 0)]).mean().item()
         )
 
     before, rate = current(), 1e-4
@@ -1082,11 +1137,63 @@ def test_rwr_in_the_loop():
     t = collect(rwr, 0)
     plain = gathered(rwr, t, torch.ones(4).double())[0].part("policy")
     assert torch.equal(plain, gathered(only, t)[0].part("penalty"))
-    d = torch.cat([d for _, _, d, _ in denoising_losses(rwr, t, "sample", 0, 0)])
+    d = torch.cat([d for _, _, d, *_ in denoising_losses(rwr, t, "sample", 0, 0)])
     one = torch.tensor([0.0, 0, 4, 0]).double()
     close(gathered(rwr, t, one)[0].part("policy"), by_hand(rwr, d[2]))
     with pytest.raises(UserError, match="negative"):
         rwr.episode()
+
+
+@pytest.mark.parametrize("trainable", ["decoder", "all"])
+@pytest.mark.parametrize("name", ["awm", "nft"])
+def test_matching_in_the_loop(name, trainable):
+    """Squared errors and shifts at the same draws, the reference hearing with its own encoder; to the right
+    rollouts."""
+    tuner = stray(make(name, trainable=trainable, alpha=1.5, beta=0.7, anchor="reference"))
+    trajectories, weights = collect(tuner, 0), normal(4)
+
+    def errors():
+        "D and shift of the batch, (2, 4)."
+        found = []
+        for t in trajectories:
+            heard = [
+                policy.condition(t.ids, t.lengths, durations=t.conditioning.durations).repeat(2)
+                for policy in (tuner.model, tuner.reference)
+            ]
+            state = t.x_0, heard[0].hidden, heard[0].frames, tuner.levels, 3, (0, "guidance", 0, 0, 0)
+            anchor = tuner.reference, heard[1].hidden
+            found.append(torch.stack(windowed_errors(tuner.model, *state, rows=t.rows, anchor=anchor)))
+        return torch.cat(found, 1)
+
+    assert errors()[1].min() > 0
+    gradients = gradients_of(tuner, trajectories, weights)[0]
+    close(gradients.part("penalty"), by_hand(tuner, 0.7 * errors()[1].mean()))
+    d, shift = errors()
+    matched = d if name == "awm" else d - shift
+    close(gradients.part("policy"), by_hand(tuner, 1.5 * (weights * matched).mean()))
+
+
+def test_the_old_policy_is_the_one_that_spoke():
+    """In the first update on a batch it is the policy, and holds nothing; then it stays where it was."""
+    seen, tuner = [], make("nft", beta=2.0, inner_epochs=2, learning_rate=1e-2)
+    free = gathered(make("awm", beta=0.0))[0].part("policy")
+    first = gathered(make("nft", beta=2.0))[0]
+    close(first.part("policy"), free, 1e-9)
+    assert first.part("penalty").norm() < 1e-9 * free.norm()
+    loss = type(tuner.objective).__call__
+
+    def watched(replayed):
+        seen.append(float(replayed.denoising_shift.detach().mean()))
+        return loss(tuner.objective, replayed)
+
+    spoke = fingerprint(tuner.model)
+    anchors, whole = [], finetune.anchor_of
+    with mock.patch.object(type(tuner.objective), "__call__", lambda self, replayed: watched(replayed)):
+        with mock.patch.object(finetune, "anchor_of", lambda t: anchors.append(whole(t)) or anchors[-1]):
+            tuner.episode()
+    assert fingerprint(anchors[0][0]) == spoke != fingerprint(tuner.model)
+    half = len(seen) // 2
+    assert max(seen[:half]) < 1e-20 and min(seen[half:]) > 1e-9
 
 
 def test_released_in_the_loop():
@@ -1424,8 +1531,8 @@ def test_micro_batches_are_one_batch(method):
         found.append(gathered(tuner, trajectories, normal(6).abs()))
     for gradients, stats in found[1:]:
         assert gradients.parts.keys() == found[0][0].parts.keys()
-        # its other part is 0 times the reward
-        for part in ("penalty",) if method == "onlydl" else gradients.parts:
+        # the other part of onlydl is 0 times the reward, that of nft 0 until the policy has left the old one
+        for part in {"onlydl": ["penalty"], "nft": ["policy"]}.get(method, gradients.parts):
             close(found[0][0].part(part), gradients.part(part), 1e-10)
         assert stats == pytest.approx(found[0][1], rel=1e-10)
 

@@ -118,6 +118,24 @@ MUTATIONS = [  # what is broken, file, line part, what it becomes
         "policy=replay.denoising.mean()",
     ),
     (
+        "NFT bends like AWM",
+        "objectives/awm.py",
+        "return replay.denoising - replay.denoising_shift",
+        "return replay.denoising",
+    ),
+    (
+        "the shift from the policy itself",
+        "finetune.py",
+        "return tuner.reference, partial(",
+        "return tuner.model, partial(",
+    ),
+    (
+        "the best of the batch for the best of its text",
+        "objectives/rwr.py",
+        "fitted.group_size = loop.group_size",
+        "fitted.group_size = loop.batch_size",
+    ),
+    (
         "the reference's log-probability is the policy's",
         "reference.py",
         "return replay(tuner.reference, tuner",

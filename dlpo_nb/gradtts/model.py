@@ -192,8 +192,8 @@ class GradTTS(MelPolicy):
             hidden = torch.cat([voice[..., None] * inside[:, None], hidden], 1)
         return Conditioning(hidden, frames, durations, log_durations.exp() * mask / self.frame_rate, mask)
 
-    def denoising_error(self, eps, noise, level):
-        error = (eps - noise).square()
+    def squared_error(self, eps, target, level):
+        error = (eps - target).square()
         return error / level**2 if self.config.network == "small" else error
 
     def duration_loss(self, conditioning, durations):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'ADVANTAGES', 'CLIP_RANGES', 'KL_FORMS', 'Replay', 'Loss', 'check_objective', 'options_of',
            'get_objective', 'check_advantage', 'centre', 'advantages', 'TextBuffer', 'clipped_ratio', 'kl_divergence',
-           'check_fields', 'Objective', 'PolicyGradient']
+           'check_fields', 'Objective', 'Advantaged', 'PolicyGradient']
 
 # %% ../../nbs/30_objectives.ipynb #150b8784
 import math
@@ -33,6 +33,8 @@ class Replay:
     in_reward_penalty: torch.Tensor | None = None
     # the denoising loss D of each utterance at one level, with gradient
     denoising: torch.Tensor | None = None
+    # squared difference of its prediction there from the anchor's, with gradient; D is a square then too
+    denoising_shift: torch.Tensor | None = None
     # of the stored actions of the step under the reference, detached
     reference_log_prob: torch.Tensor | None = None
     group: torch.Tensor | None = None  # int64, which text of the batch each utterance is a rollout of
@@ -213,8 +215,9 @@ def check_fields(settings, above_zero=(), at_least_one=()):
 class Objective:
     "What every method has; a method is a dataclass of its options, with `__call__(replay) -> Loss`."
 
-    needs = ("policy",)  # of policy, kl, log_ratio, reference, denoising
+    needs = ("policy",)  # of policy, kl, log_ratio, reference, denoising, denoising_shift
     denoising_source = "data"  # speech on which D is taken: recorded (data), or the policy's own (sample)
+    anchor = "reference"  # what denoising_shift is measured from: the base, or the policy that spoke (old)
     reward_side = False  # whether D is also subtracted from the reward
     kl_form = "exact"  # of the KL, one of KL_FORMS
     above_zero, at_least_one = (), ()  # names of options that must be
@@ -242,22 +245,47 @@ class Objective:
 
 # %% ../../nbs/30_objectives.ipynb #c7fcbf78
 @dataclass
-class PolicyGradient(Objective):
-    "What the policy-gradient methods share; by itself it is DDPO."
+class Advantaged(Objective):
+    "What the methods share that weight with an advantage: a reward less what could be expected."
 
     alpha: float = 1.0  # weight of the (normalised) reward
-    # clipped importance ratio, or log-probability (score), for one update per batch
-    estimator: Literal["ratio", "score"] = "ratio"
-    # epsilon of the clipped ratio; None: 1e-4 for mean log-probs, 0.2 for sums
-    clip_range: float | None = None
     # baseline of the reward: mean of a text's rollouts (group), of the batch,
     # running mean of a text (buffer), of the others, or none (raw)
     advantage: Literal["group", "batch", "buffer", "leave-one-out", "raw"] = "group"
     advantage_clip: float = 5.0  # largest absolute advantage (group, batch, buffer)
     buffer_size: int = 32  # rewards of a text that the running buffer keeps
     buffer_min_count: int = 16  # rewards of a text from which on they are its baseline; fewer: the batch's
-    above_zero = ("clip_range", "advantage_clip")
+    above_zero = ("advantage_clip",)
     at_least_one = ("buffer_size",)
+    compares = True  # whether the advantages are used
+
+    def fit(self, loop):
+        if self.buffer_min_count > self.buffer_size:
+            raise UserError(
+                f"--buffer-min-count {self.buffer_min_count} is more than the --buffer-size of "
+                f"{self.buffer_size} ever holds."
+            )
+        if self.compares:
+            check_advantage(self.advantage, loop.group_size, loop.batch_size)
+        return super().fit(loop)
+
+    def new_buffer(self):
+        return TextBuffer(self.buffer_size, self.buffer_min_count)
+
+# %% ../../nbs/30_objectives.ipynb #6d70a644
+@dataclass
+class PolicyGradient(Advantaged):
+    "What the policy-gradient methods share; by itself it is DDPO."
+
+    # clipped importance ratio, or log-probability (score), for one update per batch
+    estimator: Literal["ratio", "score"] = "ratio"
+    # epsilon of the clipped ratio; None: 1e-4 for mean log-probs, 0.2 for sums
+    clip_range: float | None = None
+    above_zero = ("clip_range", "advantage_clip")
+
+    @property
+    def compares(self):
+        return "policy" in self.needs
 
     def fit(self, loop):
         if self.estimator == "score" and loop.inner_epochs > 1:
@@ -265,17 +293,7 @@ class PolicyGradient(Objective):
                 "--estimator score is right for one update per collection only; "
                 "say --inner-epochs 1 or --estimator ratio."
             )
-        if self.buffer_min_count > self.buffer_size:
-            raise UserError(
-                f"--buffer-min-count {self.buffer_min_count} is more than the --buffer-size of "
-                f"{self.buffer_size} ever holds."
-            )
-        if "policy" in self.needs:
-            check_advantage(self.advantage, loop.group_size, loop.batch_size)
-        return replace(self, clip_range=self.clip_range or CLIP_RANGES[loop.reduction])
-
-    def new_buffer(self):
-        return TextBuffer(self.buffer_size, self.buffer_min_count)
+        return replace(super().fit(loop), clip_range=self.clip_range or CLIP_RANGES[loop.reduction])
 
     def centre_penalty(self, values, group_size):
         "A penalty inside the reward (B,), minus the mean that is subtracted from the rewards too."

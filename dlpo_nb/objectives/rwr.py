@@ -6,7 +6,7 @@
 __all__ = ['reward_weights', 'RWR']
 
 # %% ../../nbs/31_rwr.ipynb #04793574
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,13 +15,22 @@ from ..core import UserError
 from .base import OBJECTIVES, Loss, Objective, Replay
 
 # %% ../../nbs/31_rwr.ipynb #1ed306d1
-def reward_weights(rewards: torch.Tensor, kind: str = "softmax", tau: float = 0.1) -> torch.Tensor:
-    """Weights of the samples of a batch (B,):
-    the rewards themselves (raw), or exp(r / tau) with mean 1 (softmax)."""
+def reward_weights(
+    rewards: torch.Tensor,  # (B,), members of a text side by side
+    kind: str = "softmax",
+    tau: float = 0.1,  # temperature of softmax
+    group_size: int | None = None,  # G, members of a text, for best; None: all are of one
+) -> torch.Tensor:  # (B,)
+    """Weights of the samples of a batch: the rewards themselves (raw), exp(r / tau) with mean 1 (softmax),
+    or G for the best member of each group and 0 for the others (best)."""
     if kind == "softmax":
         return (rewards / tau).softmax(0) * len(rewards)
+    if kind == "best":
+        groups = rewards.view(-1, group_size or len(rewards))
+        first = torch.zeros_like(groups).scatter(1, groups.argmax(1, keepdim=True), groups.shape[1])
+        return first.flatten()
     if kind != "raw":
-        raise UserError(f"RWR weights '{kind}' are not known: choose 'softmax' or 'raw'.")
+        raise UserError(f"RWR weights '{kind}' are not known: choose 'softmax', 'raw' or 'best'.")
     if (rewards < 0).any():
         raise UserError(
             f"a reward is negative ({float(rewards.min()):.3g}), and RWR with raw weights would push "
@@ -37,16 +46,27 @@ class RWR(Objective):
     """Reward-weighted regression on the policy's own samples:
     eq. 6 of the paper, with D for the log-likelihood."""
 
-    # exp(reward / tau) with mean 1 (softmax), or the reward itself, as printed (raw)
-    rwr_weights: Literal["softmax", "raw"] = "softmax"
+    # exp(reward / tau) with mean 1 (softmax), the reward itself, as printed (raw),
+    # or only the best rollout of each text (best)
+    rwr_weights: Literal["softmax", "raw", "best"] = "softmax"
     tau: float = 0.1  # temperature of the softmax weights, in units of the reward
     needs = ("denoising",)
     denoising_source = "sample"  # it imitates its own well-rated speech
     above_zero = ("tau",)
+    group_size = None  # of the loop; not an option here
+
+    def fit(self, loop):
+        if self.rwr_weights == "best" and loop.group_size < 2:
+            raise UserError(
+                "--rwr-weights best needs at least 2 rollouts per text to choose from: raise --group-size."
+            )
+        fitted = replace(self)
+        fitted.group_size = loop.group_size
+        return fitted
 
     def weights_of(self, rewards, normalise):
         "The weights (B,); a baseline would make them negative, so `normalise` is not used."
-        return reward_weights(rewards, self.rwr_weights, self.tau)
+        return reward_weights(rewards, self.rwr_weights, self.tau, self.group_size)
 
     def __call__(self, replay: Replay) -> Loss:
         "Of a denoising slice of the samples that were rated."
