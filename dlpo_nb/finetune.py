@@ -195,7 +195,9 @@ def anchor_of(tuner):
         return None
     if tuner.objective.anchor == "reference":
         return tuner.reference, partial(reference_conditioning, tuner)
-    return copy.deepcopy(tuner.model).requires_grad_(False), attrgetter("conditioning")
+    alone = tuner.config.inner_epochs == 1  # the only update begins where the policy spoke: no copy is needed
+    old = tuner.model if alone else copy.deepcopy(tuner.model).requires_grad_(False)
+    return old, attrgetter("conditioning")
 
 
 def in_reward_penalty(tuner, batch, log):

@@ -89,7 +89,7 @@ if __name__ == "__main__":
     join("cpu")
     found = {(method, exact): look(method, exact) for method in OBJECTIVES.names() for exact in (True, False)}
     # a state that is not a waveform
-    for kind, methods in {"toy": ("dlpo", "klinr", "rwr"), "gradtts": ("dlpo",)}.items():
+    for kind, methods in {"toy": ("dlpo", "klinr", "rwr", "awm"), "gradtts": ("dlpo",)}.items():
         found |= {(method, kind): look(method, kind) for method in methods}
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)

@@ -57,7 +57,7 @@ def test_gradients_and_updates(method, exact, both):
     close(one["weights"], two["weights"], 1e-10 if exact else 1e-5)
 
 
-@pytest.mark.parametrize("method", ["dlpo", "klinr", "rwr"])
+@pytest.mark.parametrize("method", ["dlpo", "klinr", "rwr", "awm"])
 def test_a_voice_whose_state_is_a_spectrogram(method, both):
     one, two = (found[method, "toy"] for found in both)
     for part in ("gradient/policy", "gradient/penalty", "weights"):
