@@ -383,7 +383,7 @@ def evaluate(config) -> dict:  # what evaluation.json holds
     judges, about_judges = find_judges(filter(None, map(str.strip, config.metrics.split(","))), config)
     runs = runs_of(systems)
     (steps, about_steps), (vocoder, about_vocoder) = choose_steps(config, runs), choose_vocoder(config, runs)
-    systems, heard = heard_through(systems, vocoder, bool(config.vocoder))
+    systems, through = heard_through(systems, vocoder, bool(config.vocoder))
     voices = check_models(systems, texts, config.texts, steps)
     out = open_folder(config, systems)
     rows, failures, remarks = measure_systems(config, systems, texts, judges, out, voices)
@@ -392,7 +392,7 @@ def evaluate(config) -> dict:  # what evaluation.json holds
     evaluation["ceilings"] = ceilings_of(heard, judges, config)
     evaluation["notes"] = [
         *notes,
-        *(about_steps + heard + about_vocoder if voices else []),
+        *(about_steps + through + about_vocoder if voices else []),
         *about_judges,
         *remarks,
     ]
