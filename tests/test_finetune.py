@@ -56,7 +56,9 @@ def test_training_above_the_fork_is_refused():
         make_rollout(spoken(make_model()), group_size=2, fork=2)
 
 
-@pytest.mark.parametrize("spec", ["", "all:2", "last:0", "last:6", "random:x", "first:2", "last:-1"])
+@pytest.mark.parametrize(
+    "spec", ["", "all:2", "last:0", "last:6", "random:x", "first:0", "middle:6", "second:2", "last:-1"]
+)
 def test_bad_train_steps(spec):
     with pytest.raises(UserError, match="train steps"):
         draw_steps(spec, 6)
