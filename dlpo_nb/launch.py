@@ -11,6 +11,7 @@ __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'm
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,10 @@ from .rewards.base import as_reward
 from dlpo_nb.settings import (
     AWAY,
     MAY_CHANGE,
+    SAME_CONTENT,
     UNRECORDED,
     as_flags,
+    differing,
     parse,
     read_inputs,
     recorded,
@@ -284,9 +287,8 @@ def check_control(config, folder):
         return
     if not config.resume:
         raise UserError(f"{folder} holds a run already, where the control would go; choose another --out.")
-    mine, theirs = config.flat(), stored_config(folder)[1].flat()
-    free = {*AWAY, *UNRECORDED, *MAY_CHANGE}
-    differ = [name for name in mine if name not in free and mine[name] != theirs.get(name)]
+    theirs = stored_config(folder)[1].flat()
+    differ = differing(theirs, config.flat(), {*AWAY, *MAY_CHANGE, *UNRECORDED, *SAME_CONTENT})
     if differ or theirs["control"] == "none":
         raise UserError(
             f"{folder} does not hold the control of this run (other: {', '.join(differ) or 'control'}); "
@@ -314,7 +316,7 @@ def start_control(preset, config):
 
 def remark_on_failure(process, folder):
     "Says at once that the control has failed, and why."
-    if process.wait() > 0:
+    if process.wait() not in (0, -signal.SIGTERM):  # which is how the run ends it
         print(f"\nthe control has failed: {last_words(folder)}", file=sys.stderr, flush=True)
 
 

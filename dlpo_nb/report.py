@@ -24,17 +24,13 @@ from .figures import PANELS, across_seeds, control_difference, panel, read_run, 
 from .heldout import CAUTION, LABELS, direction, ordered, verdict
 from .page import card, change_cells, fold, interval_svg, picture, table, tagged, write_page
 from .plugins import load_plugins
+from .settings import AWAY, as_flags
 
 # %% ../nbs/53_report.ipynb #d74b9dd1
 def control_command(run):
     "The command lines that run the shuffled control of a run and lay the two side by side."
-    away = ("preset", "objective", "inputs", "changes", "control", "with_control", "out", "resume", "dry_run")
-    every = [
-        part
-        for key, value in run.config.items()
-        if key not in away
-        for part in ("--" + key.replace("_", "-"), str(value))
-    ]
+    away = {"preset", "objective", "inputs", "changes", *AWAY}
+    every = as_flags({key: value for key, value in run.config.items() if key not in away})
     # what the presets of older runs were is not known any more: all settings
     flags = run.config["flags"] if "vocoder" in run.config else every
     control = str(Path(f"{run.path}-control"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TUNES', 'MANUAL', 'MAY_CHANGE', 'UNRECORDED', 'SAME_CONTENT', 'AWAY', 'LaunchSettings', 'LaunchConfig',
-           'preset_settings', 'parse', 'fitting_preset', 'read_flags', 'stored_config', 'check_resumed', 'check_inputs',
-           'as_flags', 'flags_beyond', 'recorded', 'read_inputs', 'write_record']
+           'preset_settings', 'parse', 'fitting_preset', 'read_flags', 'stored_config', 'differing', 'check_resumed',
+           'check_inputs', 'as_flags', 'flags_beyond', 'recorded', 'read_inputs', 'write_record']
 
 # %% ../nbs/42_settings.ipynb #5d7a623b
 import json
@@ -261,16 +261,19 @@ UNRECORDED = (  # may change without a note, since they decide no number
 SAME_CONTENT = ("base_checkpoint", "texts", "heldout_texts", "watch_from", "corpus")  # may lie elsewhere
 
 
+def differing(begun, asked, free) -> list:
+    "Names of settings (flat dicts) that are not the same, beyond those that are free."
+    return [name for name in begun | asked if name not in free and begun.get(name) != asked.get(name)]
+
+
 def check_resumed(stored, config):
     "Raises UserError if a run would be resumed as another run, or with fewer episodes than it has done."
     begun, asked = stored.flat(), config.flat()
-    for name in (name for name in begun | asked if name not in {*MAY_CHANGE, *UNRECORDED, *SAME_CONTENT}):
-        before, now = begun.get(name), asked.get(name)
-        if before != now:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {now}, but the run in {config.out} was begun with {before}; "
-                "leave it out, or start a new run."
-            )
+    for name in differing(begun, asked, {*MAY_CHANGE, *UNRECORDED, *SAME_CONTENT})[:1]:
+        raise UserError(
+            f"--{name.replace('_', '-')} is {asked.get(name)}, but the run in {config.out} was begun with "
+            f"{begun.get(name)}; leave it out, or start a new run."
+        )
     paths = states(Path(config.out) / "checkpoints")
     done = max((int(path.stem.removeprefix("state-")) for path in paths), default=0)
     if config.episodes < done:

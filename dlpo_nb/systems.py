@@ -189,7 +189,7 @@ class System:
     def load(self):
         "The policy of a model, heard through the vocoder where it needs one."
         policy = load_policy(self.path)
-        if self.vocoder and hasattr(policy, "vocoder"):
+        if self.vocoder:
             policy.hear_through(self.vocoder)
         return policy
 
