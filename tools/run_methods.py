@@ -14,7 +14,7 @@ that what is there at any time is whole.
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
-from run_seeds import run
+from run_seeds import parse, run
 
 METHODS = {  # flags of each row of the table
     "dlpo": [],
@@ -44,7 +44,9 @@ def jobs_of(methods, seeds, flags):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What stands after -- goes to dlpo_nb.launch.",
     )
     parser.add_argument("preset", nargs="?", default="tiny")
     parser.add_argument("name", nargs="?", default="methods", help="of the folder in results/")
@@ -52,12 +54,11 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
-    parser.add_argument("flags", nargs="*", help="further flags of dlpo_nb.launch, after --")
-    args = parser.parse_args()
+    args, further = parse(parser)
     with ThreadPoolExecutor(args.jobs) as pool:
         started = [
             pool.submit(run, args.preset, args.name, name, flags, args.threads)
-            for name, flags in jobs_of(args.methods, args.seeds, args.flags)
+            for name, flags in jobs_of(args.methods, args.seeds, further)
         ]
         for future in started:
             future.result()

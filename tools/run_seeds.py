@@ -42,6 +42,13 @@ def run(preset, experiment, name, flags, threads):
     return out
 
 
+def parse(parser):
+    """The arguments of a tool, and the flags of dlpo_nb.launch that stand after --."""
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    return parser.parse_args(given[:end]), given[end + 1 :]
+
+
 def seeds_table(across, reward) -> str:
     """The table of `across_seeds`, in Markdown."""
     lines = ["| | base | run - base | control - base | run - control |", "|---|---|---|---|---|"]
@@ -66,18 +73,19 @@ def summarise(experiment):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What stands after -- goes to dlpo_nb.launch.",
     )
     parser.add_argument("preset")
     parser.add_argument("name", help="of the folder in results/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
-    parser.add_argument("flags", nargs="*", help="further flags of dlpo_nb.launch, after --")
-    args = parser.parse_args()
+    args, further = parse(parser)
     jobs = []
     for seed in args.seeds:
-        flags = ["--seed", str(seed), *args.flags]
+        flags = ["--seed", str(seed), *further]
         jobs.append((f"dlpo-seed{seed}", flags))
         jobs.append((f"control-seed{seed}", [*flags, "--control", "shuffle-advantages"]))
     with ThreadPoolExecutor(args.jobs) as pool:
