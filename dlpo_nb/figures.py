@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTES', 'INK', 'INKED', 'CLEAR', 'PANELS', 'RunRecord', 'read_run', 'style', 'series', 'running_mean', 'draw_kind',
            'draw_metric', 'draw_spread', 'reward_curve', 'panel', 'text_changes', 'true_minus_control',
-           'control_difference', 'beyond_lines', 'seeds_paired', 'across_seeds']
+           'control_difference', 'beyond_lines', 'seeds_paired', 'across_seeds', 'seeds_table']
 
 # %% ../nbs/52_figures.ipynb #a1f8a054
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import RunDir, UserError, counted
-from .heldout import metric_line, ordered, read_rows
+from .heldout import LABELS, metric_line, ordered, read_rows
 from .statistics import bootstrap_interval, student_interval
 
 # %% ../nbs/52_figures.ipynb #e51d83a1
@@ -288,3 +288,13 @@ def across_seeds(runs) -> dict | None:  # seeds, metrics {name: base, run, contr
             base = float(np.mean([row[name] for row in rows]))
             metrics[name] = dict(base=base) | {key: student_interval(value) for key, value in values.items()}
     return dict(seeds=list(pairs), n=len(texts), metrics=metrics)
+
+
+def seeds_table(across, reward) -> dict:  # {label: base, run, control and difference as text}
+    "What `across_seeds` found, as tables show it: each change with its interval, in the order of `ordered`."
+    columns, table = ("run", "control", "difference"), {}
+    for name in ordered(across["metrics"], reward):
+        row = across["metrics"][name]
+        spread = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) for key in columns]
+        table[LABELS.get(name, name)] = [f"{row['base']:.3f}", *spread]
+    return table

@@ -16,8 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dlpo_nb.figures import across_seeds, read_run
-from dlpo_nb.heldout import LABELS, ordered
+from dlpo_nb.figures import across_seeds, read_run, seeds_table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "evaluation.csv")
@@ -49,13 +48,10 @@ def parse(parser):
     return parser.parse_args(given[:end]), given[end + 1 :]
 
 
-def seeds_table(across, reward) -> str:
-    """The table of `across_seeds`, in Markdown."""
+def markdown(across, reward) -> str:
+    """The table of `across_seeds`."""
     lines = ["| | base | run - base | control - base | run - control |", "|---|---|---|---|---|"]
-    for name in ordered(across["metrics"], reward):
-        row = across["metrics"][name]
-        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) for key in ("run", "control", "difference")]
-        lines.append(" | ".join([f"| {LABELS.get(name, name)}", f"{row['base']:.3f}", *cells]) + " |")
+    lines += [f"| {' | '.join([label, *cells])} |" for label, cells in seeds_table(across, reward).items()]
     seeds = ", ".join(map(str, across["seeds"]))
     return "\n".join([*lines, "", f"95 % intervals over training seeds {seeds} (Student's t)."])
 
@@ -67,7 +63,7 @@ def summarise(experiment):
     across = across_seeds(runs)
     if across:
         (folder / "seeds.json").write_text(json.dumps(across, indent=1) + "\n")
-        (folder / "seeds.txt").write_text(seeds_table(across, runs[0].config["reward"]) + "\n")
+        (folder / "seeds.txt").write_text(markdown(across, runs[0].config["reward"]) + "\n")
         print((folder / "seeds.txt").read_text())
 
 
