@@ -113,7 +113,7 @@ PRESETS = {  # settings by their flat names; a method takes those that it has, a
     "tiny": dict(
         base_checkpoint="gradtts_small", vocoder="griffinlim", reward="distillmos", dlpo=dict(beta=0.005),
         klinr=dict(beta=0.03), rwr=dict(tau=0.3), awm=dict(beta=0.1, denoising_steps=4),
-        nft=dict(beta=0.1, denoising_steps=4, inner_epochs=2),
+        nft=dict(beta=0.1, denoising_steps=2, inner_epochs=2),
         episodes=30, batch_size=64, group_size=8, micro_batch=64, fork=0, rollout_steps=5,
         spacing="trailing", train_steps="all", denoising_frames=0, learning_rate=1.5e-4,
     ),
