@@ -6,6 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/29_all_rewards.ipynb #784676ed
-from . import distillmos, dnsmos, nisqa, utmos, wer
+from . import distillmos, dnsmos, level, nisqa, utmos, wer
 from .base import REWARDS, Reward
 from .formula import CombinedReward, get_reward
