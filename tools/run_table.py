@@ -1,15 +1,18 @@
-"""Every method beside its control, over several training seeds: `python tools/run_methods.py [PRESET NAME]`.
+"""A table of experiments over several training seeds: `python tools/run_table.py TABLE`.
 
-The same base, texts, noise, number of rollouts and updates for all; what a method needs beyond (the weight of
-its penalty, a temperature) stands in the preset. Keeps settings, environment, metrics and the scores of each
-utterance in results/NAME/METHOD-seedN, its control in METHOD-control-seedN, and writes methods.json and
-methods.txt beside them: what each method and its control changed, the difference, and the distance from the
-base, with intervals over the seeds; and paired tests over the texts with Holm's correction. Of the first seed
-it keeps what the tuned models say of a few texts, in docs/audio/NAME. Runs that are there already are not run
+    methods   every method beside its control (notebook 71)
+    options   the default job with one setting changed: steps, their weights, groups, learning rate, start noise
+    beta      DLPO's penalty from none to all, and a level term in the reward
+
+The same base, texts, noise, number of rollouts and updates for all rows. Keeps settings, environment, metrics
+and the scores of each utterance in results/TABLE/ROW-seedN, a control in ROW-control-seedN, and writes
+table.json and table.txt beside them: what each row and its control changed, the difference, and the distance
+from the base, with intervals over the seeds; and paired tests over the texts with Holm's correction. Of seed 0
+it keeps what the tuned models say of a few texts, in docs/audio/TABLE. Runs that are there already are not run
 again; one that was interrupted is resumed. Seed by seed, so that what is there at any time is whole.
 
-    python tools/run_methods.py tiny methods --seeds 0 1 2 -- --heldout 96
-    python tools/run_methods.py tiny methods --seeds          # no more runs, only the tables of what is there
+    python tools/run_table.py methods --seeds 0 1 2 -- --heldout 96
+    python tools/run_table.py methods --seeds          # no more runs, only the table of what is there
 """
 
 import argparse
@@ -26,7 +29,7 @@ from dlpo_nb.figures import read_run
 from dlpo_nb.heldout import LABELS, ordered
 from dlpo_nb.statistics import compare_systems, student_interval
 
-METHODS = {  # flags of each row of the table
+METHODS = {
     "dlpo": [],
     "ddpo": ["--method", "ddpo"],
     "dpok": ["--method", "dpok"],
@@ -38,20 +41,39 @@ METHODS = {  # flags of each row of the table
     "onlydl": ["--method", "onlydl"],
     "released": ["--method", "released"],
 }
-UNREWARDED = ("onlydl", "released")  # whom no reward reaches: the run is its own control
+OPTIONS = {
+    "default": [],
+    "first-2": ["--train-steps", "first:2"],
+    "middle-2": ["--train-steps", "middle:2"],
+    "last-2": ["--train-steps", "last:2"],
+    "kappa": ["--step-weights", "kappa"],
+    "groups-of-4": ["--group-size", "4"],
+    "groups-of-16": ["--group-size", "16"],
+    "one-start": ["--fork", "4"],
+    "rate-half": ["--learning-rate", "7.5e-5"],
+    "rate-double": ["--learning-rate", "3e-4"],
+}
+BETA = {f"beta-{beta}": ["--beta", beta] for beta in ("0.02", "0.05", "0.1", "0.3", "1", "10")} | {
+    "level": ["--reward", "distillmos + 0.5*level"]
+}
+TABLES = {"methods": METHODS, "options": OPTIONS, "beta": BETA}
+# rows with a control: of the methods all that a reward reaches
+CONTROLLED = {"options": ("default", "rate-half", "rate-double"), "beta": ("level",)}
+UNREWARDED = ("onlydl", "released")  # the run is its own control
 CONTROL = ["--control", "shuffle-advantages"]
 KEYS = ("run", "control", "difference")
 HEARD = (0, 1, 2)  # held-out texts whose sound is kept
 
 
-def jobs_of(methods, seeds, flags):
+def jobs_of(table, rows, seeds, flags):
     """(name, flags) of every run, seed by seed."""
+    controlled = CONTROLLED.get(table, [name for name in METHODS if name not in UNREWARDED])
     for seed in seeds:
-        for method in methods:
-            own = [*METHODS[method], "--seed", str(seed), *flags]
-            yield f"{method}-seed{seed}", own
-            if method not in UNREWARDED:
-                yield f"{method}-control-seed{seed}", own + CONTROL
+        for name in rows:
+            own = [*TABLES[table][name], "--seed", str(seed), *flags]
+            yield f"{name}-seed{seed}", own
+            if name in controlled:
+                yield f"{name}-control-seed{seed}", own + CONTROL
 
 
 def keep_sound(experiment):
@@ -111,14 +133,15 @@ def per_text(records, system) -> list:
 
 
 def tests(found, reward) -> dict:
-    """Paired tests over texts of each method against the base, and of the others against DLPO."""
+    """Paired tests over texts of each row against the base, and of the others against the first."""
+    first = next(iter(found))
     measured = {name: per_text(list(runs.values()), "tuned") for name, runs in found.items()}
-    measured["base"] = per_text(list(found["dlpo"].values()), "base")
+    measured["base"] = per_text(list(found[first].values()), "base")
     names = {name: LABELS.get(name, name) for name in (reward, "dnsmos", "nisqa", "wer", "rms_db")}
     against_base = compare_systems(measured, names, "base", lower_is_better=("wer",), neutral=("rms_db",))
-    methods = {name: measured[name] for name in found if "control" not in name}
-    against_dlpo = compare_systems(methods, names, "dlpo", lower_is_better=("wer",), neutral=("rms_db",))
-    return dict(base=against_base, dlpo=against_dlpo)
+    rows = {name: measured[name] for name in found if "control" not in name}
+    against_first = compare_systems(rows, names, first, lower_is_better=("wer",), neutral=("rms_db",))
+    return dict(base=against_base, first=against_first)
 
 
 def cell(values) -> str:
@@ -128,43 +151,40 @@ def cell(values) -> str:
 
 
 def markdown(result) -> str:
-    """A line per method: what it and its control changed of the reward, and what else it changed."""
+    """A line per row: what it and its control changed of the reward, and what else it changed."""
     reward, base = result["reward"], result["base"]
     others = [name for name in ordered(base, reward) if name in ("dnsmos", "nisqa", "wer", "rms_db")]
     columns = [*others, "kl", "diffusion_loss"]
-    head = [f"{reward}, method", "its control", "method - control", *columns]
+    head = [f"{reward}, run", "its control", "run - control", *columns]
     lines = [f"| | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
-    for method, row in result["methods"].items():
+    for name, row in result["rows"].items():
         metrics = row["metrics"]
         cells = [cell(metrics[reward][key]) if key in metrics[reward] else "-" for key in KEYS]
-        cells += [cell(metrics[name]["run"]) if name in metrics else "-" for name in columns]
-        lines.append(f"| {method} | {len(row['seeds'])} | {' | '.join(cells)} |")
+        cells += [cell(metrics[other]["run"]) if other in metrics else "-" for other in columns]
+        lines.append(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} |")
     values = ", ".join(f"{name} {base[name]:.3f}" for name in (reward, *others))
     return "\n".join([*lines, "", f"Changes over the base ({values}); 95 % intervals over training seeds."])
 
 
-def summarise(experiment):
-    """Write methods.json and methods.txt of what is in results/EXPERIMENT."""
-    folder = ROOT / "results" / experiment
-    rows = [name for method in METHODS for name in (method, f"{method}-control")]
-    found = {name: runs for name in rows if (runs := seeds_of(folder, name))}
-    if "dlpo" not in found:
+def summarise(table):
+    """Write table.json and table.txt of what is in results/TABLE."""
+    folder = ROOT / "results" / table
+    names = [name for row in TABLES[table] for name in (row, f"{row}-control")]
+    found = {name: runs for name in names if (runs := seeds_of(folder, name))}
+    rows = [row for row in TABLES[table] if row in found]
+    if not rows:
         return
-    records = list(found["dlpo"].values())
+    records = list(found[rows[0]].values())
     evaluations = [record.evaluation["metrics"] for record in records]
     result = dict(
-        reward=records[0].config["reward"],
+        reward="distillmos",
         texts=len(records[0].rows["base"]),
         base={name: float(np.mean([e[name]["base"] for e in evaluations])) for name in evaluations[0]},
-        methods={
-            method: over_seeds(found[method], found.get(f"{method}-control", {}))
-            for method in METHODS
-            if method in found
-        },
+        rows={row: over_seeds(found[row], found.get(f"{row}-control", {})) for row in rows},
     )
     result["tests"] = tests(found, result["reward"])
-    (folder / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "methods.txt").write_text(markdown(result) + "\n")
+    (folder / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "table.txt").write_text(markdown(result) + "\n")
     print(markdown(result))
 
 
@@ -174,22 +194,22 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="What stands after -- goes to dlpo_nb.launch.",
     )
-    parser.add_argument("preset", nargs="?", default="tiny")
-    parser.add_argument("name", nargs="?", default="methods", help="of the folder in results/")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--rows", nargs="*", default=None, help="some of them; default: all")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--preset", default="tiny")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     args, further = parse(parser)
+    jobs = jobs_of(args.table, args.rows or list(TABLES[args.table]), args.seeds, further)
     with ThreadPoolExecutor(args.jobs) as pool:
         started = [
-            pool.submit(run, args.preset, args.name, name, flags, args.threads)
-            for name, flags in jobs_of(args.methods, args.seeds, further)
+            pool.submit(run, args.preset, args.table, name, flags, args.threads) for name, flags in jobs
         ]
         for future in started:
             future.result()
-    keep_sound(args.name)
-    summarise(args.name)
+    keep_sound(args.table)
+    summarise(args.table)
 
 
 if __name__ == "__main__":
