@@ -126,10 +126,12 @@ DEFAULT_JUDGES = ("dnsmos", "nisqa", "wer")  # beside the reward of a run
 
 
 def evaluation_judges(config, reward) -> dict:  # {name: reward}
-    """The judges of a run's evaluation: its reward, and DEFAULT_JUDGES whose weights are given or found.
+    """The judges of a run's evaluation: its reward, the parts of a sum, and DEFAULT_JUDGES whose weights are
+    given or found.
 
     Raises UserError if given weights cannot be used."""
-    judges = {config.reward: reward}
+    parts = getattr(reward, "rewards", {})  # of a sum; what is judged anyway is judged as in every report
+    judges = {config.reward: reward} | {n: part for n, part in parts.items() if n not in DEFAULT_JUDGES}
     for name in DEFAULT_JUDGES:
         if name not in judges and all(weights_of(name, config).values()):
             judges[name] = get_reward(name, **judge_options(name, config, report=True))

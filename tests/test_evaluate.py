@@ -498,6 +498,10 @@ def test_a_run_is_judged_for_its_words_where_a_whisper_is(monkeypatch):
         evaluation=compare(rows, rows), method="dlpo", reward="judge", control="none", seed=0, episodes=1
     )
     assert "wer (not the reward)                1.500" in format_table(table)
+    both = get_reward("dnsmos + 0.2*level")  # each part is judged by itself, dnsmos as in every report
+    judges = evaluation_judges(SimpleNamespace(reward="dnsmos + 0.2*level", device="cpu"), both)
+    assert list(judges) == ["dnsmos + 0.2*level", "level", "dnsmos", "wer"]
+    assert judges["level"] is both.rewards["level"] and judges["dnsmos"] is not both.rewards["dnsmos"]
     config.nisqa_weights = "nowhere.tar"
     with pytest.raises(UserError, match="nowhere.tar"):
         evaluation_judges(config, reward)
