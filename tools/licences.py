@@ -25,9 +25,10 @@ TAIL = """
 
 | file in `dlpo_nb/assets/` | licence |
 |---|---|
-| tiny_base, gradtts_small, vocos_small (.safetensors), ceilings.json, heldout_speaker.npz | Apache-2.0, made here |
+| tiny_base, gradtts_small, vocos_small (.safetensors) | Apache-2.0, made here |
+| ceilings.json, heldout_speaker.npz | Apache-2.0, made here |
 | prompts_train.txt, prompts_heldout.txt, letter_rules.txt | Apache-2.0, written here |
-| speech_train/ | spoken here by festival with cmu_us_slt_arctic_hts (BSD, Carnegie Mellon University and the HTS Working Group) |
+| speech_train/ | spoken here by festival with cmu_us_slt_arctic_hts (BSD, CMU and HTS Group) |
 | speech_hibari/ | spoken here by hibari-tts (Apache-2.0) |
 | ljspeech_val.txt, ljspeech_test.txt | ids of LJSpeech, which is in the public domain |
 | cmudict.dict.gz | BSD, Carnegie Mellon University (cmudict_license.txt) |

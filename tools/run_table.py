@@ -1,15 +1,15 @@
 """A table of experiments over several training seeds: `python tools/run_table.py TABLE`.
 
     methods   every method beside its control (notebook 71)
-    options   the default job with one setting changed: steps, their weights, groups, learning rate, start noise
+    options   the default job with one setting changed: steps, their weights, groups, learning rate, start
     beta      DLPO's penalty from none to all, and a level term in the reward
 
 The same base, texts, noise, number of rollouts and updates for all rows. Keeps settings, environment, metrics
 and the scores of each utterance in results/TABLE/ROW-seedN, a control in ROW-control-seedN, and writes
 table.json and table.txt beside them: what each row and its control changed, the difference, and the distance
-from the base, with intervals over the seeds; and paired tests over the texts with Holm's correction. Of seed 0
-it keeps what the tuned models say of a few texts, in docs/audio/TABLE. Runs that are there already are not run
-again; one that was interrupted is resumed. Seed by seed, so that what is there at any time is whole.
+from the base, with intervals over the seeds; and paired tests over the texts with Holm's correction. Of seed
+0 it keeps what the tuned models say of a few texts, in docs/audio/TABLE. Runs that are there already are not
+run again; one that was interrupted is resumed. Seed by seed: what is there at any time is whole.
 
     python tools/run_table.py methods --seeds 0 1 2 -- --heldout 96
     python tools/run_table.py methods --seeds          # no more runs, only the table of what is there
