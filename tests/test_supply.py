@@ -1,5 +1,5 @@
-"""What an installation brings: pins that fit the requirements, licences that are listed, a whole wheel, imports
-that wait, a start without a network."""
+"""What an installation brings: pins that fit the requirements, licences that are listed, a whole wheel,
+imports that wait, a start without a network."""
 
 import re
 import subprocess
