@@ -206,6 +206,33 @@ def test_no_control_characters():
     assert not bad
 
 
+LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")  # within the checkout
+
+
+def test_links_of_notebooks_lead_somewhere():
+    bad = [
+        f"{label(notebook)}: {link}"
+        for notebook in NOTEBOOKS
+        for cell in read(notebook)["cells"]
+        if cell["cell_type"] == "markdown"
+        for link in LINK.findall(re.sub(r"```.*?```|`[^`]*`", "", "".join(cell["source"]), flags=re.DOTALL))
+        if not (notebook.parent / link).exists()
+    ]
+    assert not bad
+
+
+def test_each_notebook_leads_to_the_next():
+    """A reader who follows the last cells reads all of the map."""
+    ways = [*zip(NOTEBOOKS, NOTEBOOKS[1:])]
+    bad = []
+    for notebook, following in ways:
+        last = read(notebook)["cells"][-1]
+        links = LINK.findall("".join(last["source"])) if last["cell_type"] == "markdown" else []
+        if following not in [(notebook.parent / link).resolve() for link in links]:
+            bad.append(f"the last cell of {label(notebook)} has no link to {label(following)}")
+    assert len(ways) > 80 and not bad
+
+
 def test_cells_run_from_any_working_directory():
     """Files of the checkout are named by `checkout`, never by the way from the notebook's own folder;
     nothing lies beside it."""
