@@ -1,4 +1,4 @@
-"""The index: its glossary has every logged number, and its minutes are those that the notebooks take to read."""
+"""The index: its glossary has every logged number, its minutes are what the notebooks take to read."""
 
 import json
 import re
