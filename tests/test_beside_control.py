@@ -3,19 +3,23 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import commands
 import pytest
+from toy_mel import make_toy_mel
 
 from dlpo_nb import launch as module
-from dlpo_nb.core import RunDir, UserError, asset
+from dlpo_nb.core import RunDir, UserError, asset, read_jsonl
 from dlpo_nb.evaluate import EvaluateConfig
 from dlpo_nb.launch import check_control, last_words
 from dlpo_nb.settings import AWAY, LaunchConfig, as_flags, flags_beyond, parse, recorded
 from dlpo_nb.systems import System, choose_vocoder, heard_through
 
+HERE = Path(__file__).resolve().parent
 launch = partial(commands.run, "launch")
 SMALL = ["--batch-size", "4", "--group-size", "2", "--heldout", "2", "--threads", "1", "--rollout-steps", "3"]
 
@@ -113,3 +117,31 @@ def test_a_folder_of_another_run_is_not_taken_as_the_control(tmp_path):
 def test_the_last_words_of_a_control(tmp_path):
     (tmp_path / "log.txt").write_text("a bar 1/2\r a bar 2/2\n╭─╮\n│ error: no such base │\n╰─╯\n")
     assert last_words(tmp_path) == "error: no such base"
+
+
+def test_sigterm_ends_both_with_status_0_and_they_are_resumed(tmp_path):
+    make_toy_mel().save(tmp_path / "toy.safetensors", {})
+    out, control = tmp_path / "run", tmp_path / "run-control"
+    toy = [
+        "--plugin",
+        HERE / "toy_mel.py",
+        "--base-checkpoint",
+        tmp_path / "toy.safetensors",
+        "--with-control",
+    ]
+    flags = ["--reward", "level", "--denoising-source", "sample", "--denoising-frames", 0, "--fork", 0]
+    flags += ["--episodes", 100000, "--out", out, "--train-steps", "all", *SMALL, "--heldout", 0]
+    command = [sys.executable, "-m", "dlpo_nb.launch", *map(str, [*toy, *flags])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    logs = [folder / "metrics.jsonl" for folder in (out, control)]
+    while process.poll() is None and not all(log.exists() and len(read_jsonl(log)) > 2 for log in logs):
+        time.sleep(0.2)
+    process.terminate()
+    said, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"resume it with --out {out} --resume" in said, said + error
+    text = (control / "log.txt").read_text()
+    assert "stopped after episode" in text and "Traceback" not in text + error
+    done = [len(read_jsonl(log)) for log in logs]
+    again = launch("--out", out, "--resume", "--episodes", max(done) + 1)
+    assert again.returncode == 0, again.stderr
+    assert [len(RunDir(folder).metrics()) for folder in (out, control)] == [max(done) + 1] * 2
