@@ -84,9 +84,9 @@ def main():
                     continue  # it has ended, or a file has just been moved
         if process.returncode:
             sys.exit((Path(folder) / "log").read_text())
-    rows = [row for row in rows if row["episodes"] and row["memory"]]  # not before and not after
+    rows = [row for row in rows if 0 < row["episodes"] < args.episodes]  # not its beginning, not its report
     result = dict(episodes=args.episodes, seconds=round(time.monotonic() - started), looks=len(rows))
-    result |= slopes(rows) | {"environment": environment()}
+    result |= slopes(rows) | dict(curve=rows[:: max(1, len(rows) // 40)], environment=environment())
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(args.out.read_text())
 
