@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BODY', 'LOOK', 'SCRIPT', 'RULES', 'listening_page', 'write_listening_page']
 
-# %% ../nbs/54b_listening_page.ipynb #3e1ecc0b
+# %% ../nbs/54b_listening_page.ipynb #107ea4fe
 import base64
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from .core import UserError, atomic_write
 from .page import STYLE
 from .trials import read_test
 
-# %% ../nbs/54b_listening_page.ipynb #abacace6
+# %% ../nbs/54b_listening_page.ipynb #c4099174
 BODY = """
 <main>
 <section id="start">
@@ -54,7 +54,7 @@ BODY = """
 </main>
 """
 
-# %% ../nbs/54b_listening_page.ipynb #cd560805
+# %% ../nbs/54b_listening_page.ipynb #ed523c87
 LOOK = """
 [hidden] { display: none !important } main { max-width: 44rem }
 #text { margin: .3rem 0 1.4rem } #bar { width: 100%; height: .5rem; accent-color: var(--accent) }
@@ -69,10 +69,13 @@ button.main, button.playing { background: var(--accent); border-color: var(--acc
 .two button { font-size: 1.5rem; min-height: 6rem } .heard { box-shadow: inset 0 -4px var(--accent) }
 #form { display: grid; gap: .7rem } #hint { min-height: 1.6rem; color: var(--warn) }
 kbd { border: 1px solid var(--line); border-radius: 5px; padding: 0 .35rem }
-textarea { font: .8rem monospace } @media (hover: none) { .keys { display: none } }
+#done:not([hidden]) ~ #back button { background: var(--accent); color: var(--ground) }
+#trial:not([hidden]) ~ #back { margin-top: 2rem } #trial:not([hidden]) ~ #back button { min-height: 0;
+  padding: .35rem; font-size: .9rem; color: var(--soft); background: none }
+#back details { border: 0 } textarea { font: .8rem monospace } @media (hover: none) { .keys { display: none } }
 """
 
-# %% ../nbs/54b_listening_page.ipynb #48896d37
+# %% ../nbs/54b_listening_page.ipynb #2113690c
 SCRIPT = """
 "use strict";
 const test = JSON.parse(document.getElementById("test").textContent);
@@ -112,7 +115,7 @@ function keep() {
 }
 """
 
-# %% ../nbs/54b_listening_page.ipynb #e4425b36
+# %% ../nbs/54b_listening_page.ipynb #58de8b3d
 SCRIPT += """
 function start(name) {
   listener = name.trim().split(/\\s+/).join(" ");
@@ -152,7 +155,7 @@ function play(side) {
 }
 """
 
-# %% ../nbs/54b_listening_page.ipynb #e79eff63
+# %% ../nbs/54b_listening_page.ipynb #9f1308bb
 SCRIPT += """
 function vote(choice) {
   if (!plays.A || !plays.B) { part("hint").textContent = "Listen to both first."; return; }
@@ -190,7 +193,7 @@ part("number").textContent = test.pairs.length;
 part("name").value = stored(`dlpo_nb ${test.test}`);
 """
 
-# %% ../nbs/54b_listening_page.ipynb #a4f85bf7
+# %% ../nbs/54b_listening_page.ipynb #56c4a6a5
 RULES = (
     "default-src 'none'; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'"
