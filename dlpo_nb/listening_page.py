@@ -72,7 +72,8 @@ kbd { border: 1px solid var(--line); border-radius: 5px; padding: 0 .35rem }
 #done:not([hidden]) ~ #back button { background: var(--accent); color: var(--ground) }
 #trial:not([hidden]) ~ #back { margin-top: 2rem } #trial:not([hidden]) ~ #back button { min-height: 0;
   padding: .35rem; font-size: .9rem; color: var(--soft); background: none }
-#back details { border: 0 } textarea { font: .8rem monospace } @media (hover: none) { .keys { display: none } }
+#back details { border: 0 } textarea { font: .8rem monospace }
+@media (hover: none) { .keys { display: none } }
 """
 
 # %% ../nbs/54b_listening_page.ipynb #2113690c
