@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # what the commands import; not onnxruntime, which starts a thread: a process with threads cannot be forked
 LIBRARIES = "torch torch.distributed scipy.stats soundfile tyro tqdm".split()
-COMMANDS = {"data", "evaluate", "launch", "listen", "ljspeech", "pretrain", "report", "say"}
+COMMANDS = {"data", "doctor", "evaluate", "launch", "listen", "ljspeech", "pretrain", "report", "say"}
 SERVER = Path(__file__).resolve()
 
 

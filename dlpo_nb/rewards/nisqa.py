@@ -71,9 +71,8 @@ class NISQA(Reward):
     def __init__(self, weights=None, level_normalise=False):
         path = Path(weights).expanduser() if weights is not None else find_nisqa_weights()
         if path is None or not path.is_file():
-            missing = (
-                "no NISQA weights were found" if path is None else f"there are no NISQA weights at {path}"
-            )
+            named = path or os.environ.get(WEIGHTS_VARIABLE)
+            missing = f"there are no NISQA weights at {named}" if named else "no NISQA weights were found"
             raise UserError(f"{missing}; {WEIGHTS_HELP}")
         self.name, self.level_normalise = "nisqa_normalised" if level_normalise else "nisqa", level_normalise
         self.network, self.options = load_nisqa(path)
