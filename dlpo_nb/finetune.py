@@ -37,6 +37,7 @@ from dlpo_nb.reference import (
 from .rewards.base import as_reward
 from .rewards.queue import ScoringQueue
 from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics, score_audio
+from .weights import load_plain
 
 # %% ../nbs/40_finetune.ipynb #e2686dad
 class Loop:
@@ -282,7 +283,7 @@ def load_state(tuner, path):
     """Read what `save_state` wrote (weights only, nothing is executed).
     Raises UserError for a broken file or another method's state."""
     try:
-        state = torch.load(path, map_location=tuner.device, weights_only=True)
+        state = load_plain(path, tuner.device)
         if state["method"] != tuner.config.method:
             raise UserError(
                 f"this run was begun with --method {state['method']}; "

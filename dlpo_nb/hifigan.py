@@ -14,7 +14,7 @@ import torch
 from .audio import import_torchaudio
 from .core import UserError, fingerprint
 from .vocoder import HIFIGAN_MEL, VOCODERS, MelConfig, Vocoder
-from .weights import check_entries, read_weights
+from .weights import check_entries, read_weights, without_prefix
 
 # %% ../nbs/11da_hifigan.ipynb #b1e59740
 def fold(tensors: dict) -> dict:
@@ -60,14 +60,16 @@ def load_generator(path):
     import_torchaudio()  # transformers imports it, and fails where it does not fit torch
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-    tensors = fold({key: value.float() for key, value in read_weights(path)[0].items()})
+    tensors = without_prefix(read_weights(path)[0])
     try:
+        tensors = fold({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
         sizes = read_sizes(tensors)
         with torch.device("meta"):  # shapes only: the numbers come from the file
             network = SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes))
-    except (KeyError, IndexError) as error:
+    except Exception as error:  # a name that is missing, an axis, a kind of numbers, a size of 0
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(
-            f"{path} is not a HiFi-GAN generator of version 1 or 2 ({error} is missing); "
+            f"{path} is not a HiFi-GAN generator of version 1 or 2 ({what}); "
             "give the released hifigan.pt or generator_v1"
         ) from error
     names = {name: name.replace("upsampler.", "ups.") for name in network.state_dict()}

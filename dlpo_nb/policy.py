@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['POLICIES', 'Conditioning', 'state_mask', 'check_symbols', 'state_durations', 'recorded', 'check_policy', 'Policy',
            'evaluating', 'draw_noise', 'as_id_lists', 'synthesise', 'masked_mean', 'denoising_loss', 'duration_loss',
-           'stored_config', 'kind_in', 'load_policy']
+           'check_numbers', 'stored_config', 'empty_policy', 'kind_in', 'load_policy']
 
 # %% ../nbs/04b_policy.ipynb #45cd67d6
 import json
+import math
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ from .core import Registry, UserError, counted
 from .corpus import collate
 from .diffusion import NoiseSchedule
 from .text import pad_ids
-from .weights import NoInitialWeights, check_entries, read_weights, write_weights
+from .weights import NoInitialWeights, check_entries, read_weights, without_prefix, write_weights
 
 # %% ../nbs/04b_policy.ipynb #486671fc
 @dataclass
@@ -304,19 +305,42 @@ def duration_loss(
     return masked_mean((seconds - durations / frame_rate) ** 2, mask, reduction)
 
 # %% ../nbs/04b_policy.ipynb #fd78f464
+def check_numbers(config):
+    "Raises UserError if a number of a configuration (dataclass) is none, or not finite."
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, float) and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise UserError(f"{field.name} of a {type(config).__name__} is a number, not {value!r:.40}")
+
+
 def stored_config(entry, path, metadata):
     "The configuration of a policy class in the metadata of a file."
     try:
         return entry.Config(**json.loads(metadata[entry.kind]))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # JSON can be wrong, of other names, of other types, or nested without end
         raise UserError(
             f"the configuration in {path} cannot be used ({error}); "
             "it was written by another version or by hand"
         ) from error
 
 
+def empty_policy(entry, config, path):
+    "The policy of a class and its configuration, with shapes only. Raises UserError if it cannot be made."
+    try:
+        with torch.device("meta"), NoInitialWeights():
+            return entry(config)
+    except UserError:
+        raise
+    except Exception as error:  # sizes that do not fit, or are no sizes
+        raise UserError(
+            f"the sizes in {path} are not those of a {entry.kind} ({str(error).splitlines()[0]}); "
+            "give a file that this library or the released code has written"
+        ) from error
+
+
 def kind_in(state: dict, metadata: dict, otherwise: str = "wavegrad2") -> str:
     "The kind of the policy in a file of weights (`read_weights`), `otherwise` where nothing says it."
+    state = without_prefix(state)
     known = (name for name in POLICIES.names() if POLICIES.get(name).recognises(state))
     return metadata.get("kind") or next(known, otherwise)
 
@@ -334,9 +358,9 @@ def load_policy(
             f"{path} holds a policy of the kind {stored}, and {kind} is needed; give another file"
         )
     entry = POLICIES.get(stored)
-    with torch.device("meta"), NoInitialWeights():  # shapes only
-        policy = entry(entry.read_config(path, state, metadata))
+    policy = empty_policy(entry, entry.read_config(path, without_prefix(state), metadata), path)
     expected = policy.state_dict()
+    state = without_prefix(state, expected)
     check_entries(path, stored, state, expected)
     policy.load_state_dict({key: state[key].to(value.dtype) for key, value in expected.items()}, assign=True)
     policy.metadata = {key: value for key, value in metadata.items() if key not in ("kind", stored)}

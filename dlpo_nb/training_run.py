@@ -10,7 +10,6 @@ __all__ = ['check_folder', 'claim_folder', 'first_model', 'load_items', 'Pretrai
 import copy
 import math
 import os
-import pickle
 
 import torch
 
@@ -24,6 +23,7 @@ from .optimisers import make_optimisers
 from .policy import load_policy
 from .pretrain_settings import UNRECORDED, MAY_CHANGE, check_config
 from .recipes import fill_unseen_stress, recipe_for
+from .weights import load_plain
 
 # %% ../nbs/45a_training_run.ipynb #16cd5985
 def check_folder(config):
@@ -175,7 +175,7 @@ def restore(run):
     settings."""
     path = run.folder.path / "state.pt"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
         old, now = state["config"], plain(run.config)
         differ = [k for k in now if k not in {*MAY_CHANGE, *UNRECORDED} and old.get(k) != now[k]]
         if differ:
@@ -195,10 +195,11 @@ def restore(run):
             )
         check_length(path, state, now)
         load_state(run, state)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"cannot go on from {path}: {str(error).splitlines()[0]}; remove it to start again"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can fail anywhere in the reader, another kind of file after it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot go on from {path}: {reason}; remove it to start again") from error
 
 
 def check_length(path, state, now):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_FFT', 'HOP', 'RATE', 'BINS', 'VOICED', 'TOP', 'WEIGHTS_VARIABLE', 'NAME_VARIABLE', 'pulses', 'Filters',
-           'spectrum_of_pulses', 'overlap_add', 'sound', 'Generator', 'load_generator', 'Vocos', 'default_vocoder']
+           'spectrum_of_pulses', 'overlap_add', 'sound', 'Generator', 'generator_sizes', 'load_generator', 'Vocos',
+           'default_vocoder']
 
 # %% ../nbs/11ea_vocos.ipynb #61c1409a
 import json
@@ -22,7 +23,7 @@ from .core import UserError, asset, fingerprint
 from .gradtts.small import Block
 from .hifigan import WEIGHTS_VARIABLE as HIFIGAN_WEIGHTS
 from .vocoder import HIFIGAN_MEL, SMALL_MEL, VOCODERS, MelConfig, Vocoder, get_vocoder
-from .weights import check_entries, read_weights
+from .weights import MOST_LAYERS, check_entries, read_weights, without_prefix
 
 # %% ../nbs/11ea_vocos.ipynb #99030d24
 N_FFT, HOP, RATE = 1200, SMALL_MEL.hop, SMALL_MEL.sample_rate
@@ -109,18 +110,27 @@ class Generator(nn.Module):
         return Filters(*parts, (pitch * (voiced > 0)).detach())
 
 # %% ../nbs/11ea_vocos.ipynb #a7eae0bf
+def generator_sizes(words: str) -> dict:
+    "The arguments of a `Generator`, of a file's metadata. Raises ValueError if there are too many blocks."
+    sizes = json.loads(words)
+    if len(sizes.get("dilations", ())) > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS} blocks")
+    return sizes
+
+
 def load_generator(path) -> Generator:
     "The network of a file, frozen. Raises UserError if the file is something else."
     state, metadata = read_weights(path)
     try:
         with torch.device("meta"):  # shapes only: the numbers come from the file
-            network = Generator(**json.loads(metadata["vocos"]))
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            network = Generator(**generator_sizes(metadata["vocos"]))
+    except Exception as error:  # not there, not JSON, other names, no sizes
         raise UserError(
             f"{path} holds no vocoder for the small mel (its metadata do not describe one: {error!r}); "
             "give a file of tools/train_vocoder.py"
         ) from error
-    check_entries(path, "vocos", state, network.state_dict())
+    state = without_prefix(state, expected := network.state_dict())
+    check_entries(path, "vocos", state, expected)
     network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return network.eval().requires_grad_(False)
 

@@ -1,6 +1,8 @@
 """The weights that the Grad-TTS reference outputs were made with;
 the hash is that of deterministic_weights."""
 
+import json
+
 import numpy as np
 import torch
 from deterministic_weights import spread
@@ -45,3 +47,24 @@ def fill(model):
     for key, tensor in model.state_dict().items():
         tensor.copy_(torch.from_numpy(weight_values(key, tuple(tensor.shape))))
     return model
+
+
+def generator_shapes(data):
+    """{key: shape} of the released HiFi-GAN generator."""
+    return json.loads((data / "hifigan_keys.json").read_text())
+
+
+def generator(shapes):
+    """{key: tensor} of a HiFi-GAN generator of these shapes."""
+    return {key: torch.from_numpy(weight_values(key, tuple(shape))).float() for key, shape in shapes.items()}
+
+
+def small_generator(data):
+    """The same layout with 16 channels in place of 512: other sizes of the same kind, as in V2."""
+    cut = lambda key, size, axis: 80 if key == "conv_pre" and axis == 1 else max(1, size // 32)
+    shapes = {key: list(shape) for key, shape in generator_shapes(data).items()}
+    for key, shape in shapes.items():
+        for axis in range(min(2, len(shape))):
+            if shape[axis] > 1:
+                shape[axis] = cut(key.split(".")[0], shape[axis], axis)
+    return generator(shapes)

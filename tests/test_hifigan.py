@@ -1,7 +1,5 @@
 """HiFi-GAN: equal to the reference from every kind of file, alone as in a batch; other files are refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
 from dlpo_nb.hifigan import HifiGan, fold
 from dlpo_nb.vocoder import HIFIGAN_MEL, SMALL_MEL, GriffinLim, get_vocoder
 from dlpo_nb.vocos import Vocos, default_vocoder
-from gradtts_weights import weight_values
+from gradtts_weights import generator, generator_shapes, small_generator
 
 AUDIO = 1e-4  # the reference's tolerance; float32 differs from float64 by 8e-7
 NEW = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
@@ -27,21 +25,12 @@ def renamed(key):
 
 @pytest.fixture(scope="module")
 def state(data):
-    shapes = json.loads((data / "hifigan_keys.json").read_text())
-    return {key: torch.from_numpy(weight_values(key, tuple(shape))).float() for key, shape in shapes.items()}
+    return generator(generator_shapes(data))
 
 
 @pytest.fixture(scope="module")
-def small(state):
-    "The same layout with 16 channels in place of 512: other sizes of the same kind, as in V2."
-    cut = lambda key, size, axis: 80 if key == "conv_pre" and axis == 1 else max(1, size // 32)
-    shapes = {key: list(value.shape) for key, value in state.items()}
-    for key, shape in shapes.items():
-        layer = key.split(".")[0]
-        for axis in range(min(2, len(shape))):
-            if shape[axis] > 1:
-                shape[axis] = cut(layer, shape[axis], axis)
-    return {key: torch.from_numpy(weight_values(key, tuple(shape))).float() for key, shape in shapes.items()}
+def small(data):
+    return small_generator(data)
 
 
 def saved(content, path, **options):

@@ -22,7 +22,7 @@ from dlpo_nb.rewards import CombinedReward, Reward, get_reward
 from dlpo_nb.rewards.formula import Moments, check_as_reward, parse_formula
 from dlpo_nb.rewards.queue import ScoringQueue
 from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE, mel_filters, windows
-from dlpo_nb.rewards.nisqa import NISQA, find_nisqa_weights
+from dlpo_nb.rewards.nisqa import NISQA, OPTIONS, find_nisqa_weights
 
 RATE = 22050
 
@@ -544,16 +544,6 @@ def test_dnsmos_goes_to_another_process():
 
 
 # NISQA
-
-OPTIONS = dict(
-    ms_fmax=20000, ms_n_fft=4096, ms_hop_length=0.01, ms_win_length=0.02, ms_n_mels=48, ms_seg_length=15,
-    ms_seg_hop_length=4,
-    ms_max_segments=1300, cnn_c_out_1=16, cnn_c_out_2=32, cnn_c_out_3=64, cnn_kernel_size=(3, 3),
-    cnn_dropout=0.2, cnn_pool_1=[24, 7],
-    cnn_pool_2=[12, 5], cnn_pool_3=[6, 3], td_sa_d_model=64, td_sa_nhead=1, td_sa_num_layers=2, td_sa_h=64,
-    td_sa_dropout=0.1,
-    pool_att_h=128, pool_att_dropout=0,
-)  # fmt: skip
 
 
 @pytest.fixture

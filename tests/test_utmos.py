@@ -241,8 +241,8 @@ def test_half_a_file_is_refused(tmp_path, keep):
             {**SMALL, "judge_emb": torch.zeros(3000, 128)},
             r"judge_emb has the shape \(3000, 128\), not \(1, 128\)",
         ),
-        ({"state_dict": SMALL}, "not a plain dict"),
-        ([1, 2], "not a plain dict"),
+        ({**SMALL, "step": 3}, "not a plain dict"),
+        ([1, 2], "no dictionary of weights"),
         ({}, "225 of 225"),
     ],
 )

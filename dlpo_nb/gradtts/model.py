@@ -17,10 +17,11 @@ from ..diffusion import NoiseSchedule
 from . import small, text, unet
 from .encoder import Encoder
 from .sde import sde_schedule
-from ..policy import POLICIES, Conditioning, Policy, check_symbols, load_policy
+from ..policy import POLICIES, Conditioning, Policy, check_numbers, check_symbols, load_policy
 from ..text import SYMBOLS, text_to_ids
 from ..vocoder import HIFIGAN_MEL, SMALL_MEL, MelConfig, get_vocoder, log_mel
 from ..vocos import default_vocoder
+from ..weights import MOST_LAYERS
 
 # %% ../../nbs/11f_gradtts_policy.ipynb #5fb64a15
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class GradTTSConfig:
     def __post_init__(self):
         if self.network not in ("unet", "small"):
             raise UserError(f"the network of a Grad-TTS is unet or small, not {self.network!r}")
+        check_numbers(self)
         sizes = [value for name, value in asdict(self).items() if type(value) is int]
         if min(sizes) < 1 or min(self.mel_std, self.residual_std) <= 0:
             raise UserError(f"sizes and standard deviations of a Grad-TTS are above 0; got {self}")
+        if max(self.encoder_layers, self.decoder_blocks) > MOST_LAYERS:
+            raise UserError(f"a Grad-TTS has at most {MOST_LAYERS} layers or blocks; got {self}")
 
     @classmethod
     def released(cls):

@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ..audio import import_torchaudio
 from ..core import UserError, counted, pick_device
 from .base import REWARDS, Reward, WeightsFrom, attention_for
+from ..weights import entries, load_plain, read_safetensors, without_prefix
 
 # %% ../../nbs/22_utmos.ipynb #566bf8d1
 class UTMOS22(nn.Module):
@@ -97,20 +97,21 @@ def read_tensors(path):
     """{name: tensor} of a .safetensors or .pt file, on the CPU; nothing in it is executed.
     Raises UserError if it cannot be read."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            ours = file.read(9)[8:] == b"{"
+        return without_prefix(entries(read_safetensors(path)[0] if ours else load_plain(path)))
     except Exception as error:  # web pages, half a file, other pickles: many kinds, one meaning
         size = f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else "no file"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME}; {WEIGHTS_HELP}"
+            f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME} ({reason}); {WEIGHTS_HELP}"
         ) from error
 
 
 def misfit(tensors, shapes):
-    """What keeps `tensors` from being {name: tensor} of just these `shapes` {name: shape}, in words;
+    """What keeps `tensors` from being {name: finite tensor} of just these `shapes` {name: shape}, in words;
     None if nothing does."""
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+    if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
         return "it is not a plain dict of tensors"
     missing = [name for name in shapes if name not in tensors]
     extra = [name for name in tensors if name not in shapes]
@@ -119,11 +120,11 @@ def misfit(tensors, shapes):
     if extra:
         return f"it has {counted(len(extra), 'tensor')} too many, such as {extra[0]!r:.60}"
     wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
-    return (
-        f"{wrong[0]} has the shape {tuple(tensors[wrong[0]].shape)}, not {tuple(shapes[wrong[0]])}"
-        if wrong
-        else None
-    )
+    if wrong:
+        found, needed = tuple(tensors[wrong[0]].shape), tuple(shapes[wrong[0]])
+        return f"{wrong[0]} has the shape {found}, not {needed}"
+    odd = (name for name, x in tensors.items() if not (x.is_floating_point() and x.float().isfinite().all()))
+    return f"{name} holds numbers that are not finite, or whole" if (name := next(odd, "")) else None
 
 # %% ../../nbs/22_utmos.ipynb #00940a11
 def load_utmos(path, device="cpu", dtype=torch.float32):

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['POCKETSPHINX_NOTE', 'WHISPER_VARIABLE', 'WHISPER_HELP', 'DTYPES', 'MARGIN', 'hears_only_sound',
-           'hear_by_pocketsphinx', 'with_margins', 'packaged_whisper', 'FasterWhisper', 'load_whisper', 'Whisper',
-           'load_recogniser', 'pick_recogniser', 'ears', 'WER']
+           'hear_by_pocketsphinx', 'with_margins', 'packaged_whisper', 'FasterWhisper', 'check_folder', 'load_whisper',
+           'Whisper', 'load_recogniser', 'pick_recogniser', 'ears', 'WER']
 
 # %% ../../nbs/24a_wer.ipynb #21e45cc2
 import contextlib
 import functools
 import importlib.util
+import json
 import math
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
 from .base import REWARDS, Reward, WeightsFrom, attention_for, unfit, without_autocast
 from .words import count_edits, spoken_words
+from ..weights import MOST_LAYERS, check_archive
 
 # %% ../../nbs/24a_wer.ipynb #88393b7f
 POCKETSPHINX_NOTE = (
@@ -134,10 +137,10 @@ class FasterWhisper:
             self.network = WhisperModel(
                 str(self.folder), device=kind, compute_type=dtype, cpu_threads=threads, local_files_only=True
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # damaged in any way
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"no Whisper could be read from {str(self.folder)!r} ({str(error).splitlines()[0]}); "
-                f"{WHISPER_HELP}"
+                f"no Whisper could be read from {str(self.folder)!r} ({reason}); {WHISPER_HELP}"
             ) from error
 
     def __reduce__(self):  # to another process go the names, not the network
@@ -178,6 +181,17 @@ def _quietly():
             logging.enable_progress_bar()
 
 
+def check_folder(folder):
+    "Raises ValueError if files of a Whisper's folder would fill the memory."
+    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = [sizes.get(name, 1) for name in ("encoder_layers", "decoder_layers", "num_hidden_layers")]
+    if not all(isinstance(count, int) and 0 < count <= MOST_LAYERS for count in layers):
+        raise ValueError(f"its config.json asks for {layers} layers")
+    for path in filter(zipfile.is_zipfile, folder.glob("*.bin")):
+        with zipfile.ZipFile(path) as archive:
+            check_archive(archive, path.stat().st_size)
+
+
 def load_whisper(model, download=False):
     """The processor and the network (float32, CPU, eval mode) of a Whisper in a folder, or by its hub name.
     Raises UserError for anything else."""
@@ -187,16 +201,18 @@ def load_whisper(model, download=False):
     folder = Path(model).expanduser()
     source, how = (str(folder) if folder.is_dir() else str(model)), dict(local_files_only=not download)
     try:
+        if folder.is_dir():
+            check_folder(folder)
         with _quietly():
             network, info = WhisperForConditionalGeneration.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, **how
             )
             processor = WhisperProcessor.from_pretrained(source, **how)
-    except (
-        Exception
-    ) as error:  # files, names, bytes, pickles or shapes that do not fit: many kinds, one meaning
+    # files, names, bytes, pickles or shapes that do not fit: many kinds, one meaning
+    except Exception as error:
         where = "in the local cache of the hub" if not download and not folder.is_dir() else "there"
-        raise UserError(f"no Whisper {source!r} could be read {where}; {WHISPER_HELP}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no Whisper {source!r} could be read {where} ({reason}); {WHISPER_HELP}") from error
     settings, spelled = (
         network.generation_config,
         processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True),
@@ -216,6 +232,11 @@ def load_whisper(model, download=False):
         raise UserError(
             f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}"
         )
+    for name, value in network.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} of the Whisper {source!r} holds numbers that are not finite; {WHISPER_HELP}"
+            )
     return processor, network.eval().requires_grad_(False)
 
 # %% ../../nbs/24a_wer.ipynb #8a6e0caa

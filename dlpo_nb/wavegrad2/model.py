@@ -14,11 +14,12 @@ from torch import nn
 
 from ..audio import SAMPLE_RATE
 from ..core import UserError
-from ..policy import POLICIES, Conditioning, Policy, check_symbols, load_policy
+from ..policy import POLICIES, Conditioning, Policy, check_numbers, check_symbols, load_policy
 from ..text import text_to_ids
 from .decoder import Decoder, predict_noise
 from .encoder import Encoder, length_mask
 from .upsampling import Resampling
+from ..weights import MOST_LAYERS
 
 # %% ../../nbs/08_wavegrad2.ipynb #7ef56548
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def check_sizes(config):
         *config.factors,
         *sum(config.up_dilations, ()),
     )
+    check_numbers(config)
+    if blocks > MOST_LAYERS:
+        raise UserError(f"a WaveGrad 2 has at most {MOST_LAYERS} blocks on its way up; got {blocks}")
     if not all(isinstance(w, int) and w > 0 for w in widths):
         raise UserError(f"the model configuration needs whole numbers above 0 for its sizes; got {config}")
     if not len(config.up) == len(config.up_dilations) == blocks == len(config.down) + 1 or {
