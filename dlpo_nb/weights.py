@@ -234,9 +234,7 @@ def load_plain(path, device="cpu"):
         if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in said:
             raise
         # of these the advice is to run what the file says; torch has one exception for both kinds
-        what = (
-            "holds more than tensors and plain data" if "nsupported" in said else "is not whole or of torch"
-        )
+        what = "holds more than tensors and plain data" if "GLOBAL" in said else "is not whole or of torch"
         raise NotRead(f"it {what}") from error
 
 # %% ../nbs/04a_weights.ipynb #79a86945
