@@ -85,7 +85,7 @@ class Inert:
 class PlainDict(dict):
     "An OrderedDict of a pickle, without its extra attributes."
 
-
+# %% ../nbs/04a_weights.ipynb #b447cc5c
 class Stored(NamedTuple):
     "A tensor of an archive, not read yet."
 

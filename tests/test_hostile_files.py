@@ -1,6 +1,7 @@
 """Files of weights that are damaged, disguised or hostile, for every reader: read where that is right, else
 refused in one sentence with the true reason; nothing in them is run, and the memory stays small."""
 
+import io
 import json
 import os
 import pickle
@@ -72,11 +73,11 @@ def kinds(data):
     sizes = {"kind": "wavegrad2", "wavegrad2": json.dumps(TINY.__dict__)}
     grad = GradTTS(GradTTSConfig(**NARROW)).state_dict()
     utmos = {name: torch.zeros(1).expand(shape) for name, shape in utmos_weights.shapes().items()}
-    embedding = "speaker_embedding.weight"
+    embedding, hifigan = "speaker_embedding.weight", small_generator(data)
     found = [
         Kind("ours", voice.state_dict(), None, sizes, load_policy, embedding),
         Kind("gradtts", grad, lambda x: x, {}, load_policy, "decoder.estimator.final_conv.weight"),
-        Kind("hifigan", small_generator(data), lambda x: {"generator": x}, {}, load_hifigan, "conv_post.bias"),
+        Kind("hifigan", hifigan, lambda x: {"generator": x}, {}, load_hifigan, "conv_post.bias"),
         Kind("vocos", vocos[0], None, vocos[1], load_vocos, "head.weight"),
         Kind(
             "nisqa", nisqa_network().state_dict(), lambda x: {"args": OPTIONS, "model_state_dict": x}, {},
@@ -250,35 +251,29 @@ def test_a_zip_bomb_stays_small(kind, tmp_path):
     assert "compressed" in said[0], said
 
 
-class Repeated:
-    "In a pickle: a tensor of `shape` in the storage `key`."
+class Store:
+    "In a pickle: the storage 0, of some float32 numbers."
 
-    def __init__(self, key, shape):
-        self.key, self.shape = key, shape
+
+class View:
+    "In a pickle: a tensor of `shape`, a view of the storage 0."
+
+    def __init__(self, shape):
+        self.shape = shape
 
     def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, (self, 0, self.shape, (0,) * len(self.shape), False, {})
+        return torch._utils._rebuild_tensor_v2, (Store(), 0, self.shape, (0,) * len(self.shape), False, {})
 
 
 class Pickler(pickle.Pickler):
     def persistent_id(self, value):
-        if isinstance(value, Repeated) and not value.shape:
-            return "storage", torch.FloatStorage, value.key, "cpu", 4
-        return None
+        return ("storage", torch.FloatStorage, "0", "cpu", 4) if isinstance(value, Store) else None
 
 
 def listing_of(count, shape):
     "A pickle of `count` tensors that are views of one storage."
-    import io
-
-    store = Repeated("0", ())
-    out, rebuild = io.BytesIO(), torch._utils._rebuild_tensor_v2
-
-    class View:
-        def __reduce__(self):
-            return rebuild, (store, 0, shape, (0,) * len(shape), False, {})
-
-    Pickler(out, 2).dump({f"layer{i}.weight": View() for i in range(count)})
+    out = io.BytesIO()
+    Pickler(out, 2).dump({f"layer{i}.weight": View(shape) for i in range(count)})
     return out.getvalue()
 
 

@@ -104,7 +104,8 @@ def read_tensors(path):
         size = f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else "no file"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME} ({reason}); {WEIGHTS_HELP}"
+            f"{path} ({size}) cannot be read as the UTMOS checkpoint {WEIGHTS_NAME} ({reason}); "
+            f"{WEIGHTS_HELP}"
         ) from error
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POCKETSPHINX_NOTE', 'WHISPER_VARIABLE', 'WHISPER_HELP', 'DTYPES', 'MARGIN', 'hears_only_sound',
-           'hear_by_pocketsphinx', 'with_margins', 'packaged_whisper', 'FasterWhisper', 'check_folder', 'load_whisper',
-           'Whisper', 'load_recogniser', 'pick_recogniser', 'ears', 'WER']
+           'hear_by_pocketsphinx', 'with_margins', 'packaged_whisper', 'FasterWhisper', 'check_folder', 'check_whisper',
+           'load_whisper', 'Whisper', 'load_recogniser', 'pick_recogniser', 'ears', 'WER']
 
 # %% ../../nbs/24a_wer.ipynb #21e45cc2
 import contextlib
@@ -164,7 +164,7 @@ class FasterWhisper:
     def __call__(self, clips):
         return [self.hear_one(clip) for clip in clips]
 
-# %% ../../nbs/24a_wer.ipynb #b06ea0cd
+# %% ../../nbs/24a_wer.ipynb #0e9a747a
 @contextlib.contextmanager
 def _quietly():
     "Keeps transformers' progress bars and remarks off the screen."
@@ -192,6 +192,34 @@ def check_folder(folder):
             check_archive(archive, path.stat().st_size)
 
 
+def check_whisper(source, network, processor, missing):
+    "Raises UserError if what was read (with the names of weights that were not) is no whole Whisper."
+    settings, spelled = (
+        network.generation_config,
+        processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True),
+    )
+    if (
+        spelled != "a word"
+    ):  # without its files a tokenizer is made that knows no word: whatever is heard would be silence
+        raise UserError(
+            f"the Whisper {source!r} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt); "
+            f"{WHISPER_HELP}"
+        )
+    if (
+        missing
+        or getattr(settings, "is_multilingual", None) is not False
+        and not hasattr(settings, "lang_to_id")
+    ):
+        raise UserError(
+            f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}"
+        )
+    for name, value in network.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{name} of the Whisper {source!r} holds numbers that are not finite; {WHISPER_HELP}"
+            )
+
+# %% ../../nbs/24a_wer.ipynb #b06ea0cd
 def load_whisper(model, download=False):
     """The processor and the network (float32, CPU, eval mode) of a Whisper in a folder, or by its hub name.
     Raises UserError for anything else."""
@@ -213,30 +241,7 @@ def load_whisper(model, download=False):
         where = "in the local cache of the hub" if not download and not folder.is_dir() else "there"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Whisper {source!r} could be read {where} ({reason}); {WHISPER_HELP}") from error
-    settings, spelled = (
-        network.generation_config,
-        processor.tokenizer.decode(processor.tokenizer("a word").input_ids, skip_special_tokens=True),
-    )
-    if (
-        spelled != "a word"
-    ):  # without its files a tokenizer is made that knows no word: whatever is heard would be silence
-        raise UserError(
-            f"the Whisper {source!r} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt); "
-            f"{WHISPER_HELP}"
-        )
-    if (
-        info["missing_keys"]
-        or getattr(settings, "is_multilingual", None) is not False
-        and not hasattr(settings, "lang_to_id")
-    ):
-        raise UserError(
-            f"{source!r} is not a whole Whisper with its weights and generation_config.json; {WHISPER_HELP}"
-        )
-    for name, value in network.named_parameters():
-        if not value.isfinite().all():
-            raise UserError(
-                f"{name} of the Whisper {source!r} holds numbers that are not finite; {WHISPER_HELP}"
-            )
+    check_whisper(source, network, processor, info["missing_keys"])
     return processor, network.eval().requires_grad_(False)
 
 # %% ../../nbs/24a_wer.ipynb #8a6e0caa
