@@ -46,8 +46,8 @@ def test_the_file_is_of_the_texts_and_vocoders_that_the_package_has():
             assert scores[judge] == pytest.approx(mean, abs=1e-4)  # it has four digits
 
 
-def test_the_readme_says_the_same():
-    found, said = measured(), checkout("README.md").read_text(encoding="utf-8")
+def test_the_page_says_the_same():
+    found, said = measured(), checkout("docs/state.md").read_text(encoding="utf-8")
     for name, scores in (
         ("copied through it", found["vocoders"]["vocos"]),
         ("themselves", found["recordings"]),

@@ -2,10 +2,12 @@
 
 Of runs/NAME, seed 0: docs/audio/NAME/{base,tuned,control}_INDEX.mp3 (the same held-out text from the same
 noise) and docs/NAME_spectrograms.png of the first of them; of results/NAME: docs/NAME_curve.png, the reward
-curves of all seeds.
+curves of all seeds. And docs/idea.png, the first picture of nbs/index.ipynb.
 """
 
 import argparse
+import base64
+import json
 from pathlib import Path
 
 import matplotlib
@@ -40,6 +42,13 @@ def draw(wavs):
     return fig
 
 
+def picture_of_the_idea() -> bytes:
+    """The first picture that the index shows."""
+    cells = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    return base64.b64decode(next(data["image/png"] for data in shown if "image/png" in data))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -54,6 +63,7 @@ def main():
             sound = mp3_bytes(read_audio(path, None), soundfile.info(path).samplerate)
             (docs / "audio" / args.name / f"{name}_{index}.mp3").write_bytes(sound)
     draw(recordings(runs, args.texts[0])).savefig(docs / f"{args.name}_spectrograms.png", dpi=80)
+    (docs / "idea.png").write_bytes(picture_of_the_idea())
     curve = reward_curve(sorted((ROOT / "results" / args.name).glob("*-seed*")))
     curve.savefig(docs / f"{args.name}_curve.png", dpi=80, bbox_inches="tight")
     texts = (runs / "dlpo-seed0" / "samples" / "texts.txt").read_text().splitlines()
