@@ -258,6 +258,11 @@ def show_results(config: Results):
     test = read_test(config.test or config.votes[0].parent)
     votes = unblinded(test, read_votes(test, config.votes))
     judges = judge_differences(config.scores, test) if config.scores else {}
+    for path in config.votes:
+        if not path.read_bytes().endswith(b"\n"):  # cut off, or copied without its end
+            print(
+                f"{path}: the last line has no end and is not counted; if it is whole, end it with a new line"
+            )
     print(preference_text(votes, test.systems, judges))
     if config.figure:
         kind = config.figure.suffix.lstrip(".")

@@ -502,6 +502,9 @@ def test_the_command(tmp_path):
     )
     assert done.returncode == 0 and "run 100 %" in done.stdout and "dnsmos" in done.stdout, done.stderr
     assert (tmp_path / "f.png").stat().st_size > 10_000
+    (tmp_path / "cut.jsonl").write_text(votes.read_text().rstrip())
+    done = commands.run("listen", "results", tmp_path / "cut.jsonl", "--test", tmp_path / "out")
+    assert done.returncode == 0 and "2 votes" in done.stdout and "cut.jsonl: the last line" in done.stdout
     append_jsonl(votes, {"a": 1})
     done = commands.run("listen", "results", votes)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
