@@ -115,7 +115,8 @@ def cheaper_probe(config, model, texts, device):  # -> config, texts, {phase: fa
     """A config and texts whose episode can be measured in about a minute,
     and what the seconds of its phases are to be multiplied with."""
     weights = sum(p.numel() for module in model.trainable() for p in module.parameters())
-    if device.type != "cpu" or config.batch_size * config.rollout_steps * weights < 5e9:
+    small = config.batch_size * config.rollout_steps * weights < 5e9
+    if device.type != "cpu" or small or "reward_gradient" in config.objective.needs:
         return config, texts, dict.fromkeys(("rollout", "reward", "update"), 1.0)
     few = 2 * config.group_size * world_size()
     chain = dict(rollout_steps=3, fork=0, train_steps="last:1", denoising_steps=1, denoising_levels="random")

@@ -40,6 +40,14 @@ class ChainSampler:
         "log p_b(x_t-1 | x_t) of the stored action of step t, (n,)."
         return self.schedule.transition_log_prob(self.eps(x[t + 1], t, b), x[t + 1], x[t], t, clip=False)
 
+    def last_steps(self, x, b, count):
+        "x_0 (n, 1) of stored chains, their last `count` steps run again under b with the noise they had."
+        end, s = x[count], self.schedule
+        for t in reversed(range(count)):
+            noise = x[t] - s.mean(self.eps(x[t + 1], t, b.detach()), x[t + 1], t, clip=False)
+            end = s.mean(self.eps(end, t, b), end, t, clip=False) + noise
+        return end
+
     def kl(self, x, t, b, b_ref=0.0, form="exact"):
         "Divergence of policy and reference at step t, (n,)."
         eps, eps_ref = self.eps(x[t + 1], t, b), self.eps(x[t + 1], t, b_ref)
@@ -102,9 +110,11 @@ class GaussianChain(ChainSampler):
         return float(pull.mean()), float((pull * self.overlap).mean()) * self.slope
 
 # %% ../nbs/30b_gaussian_chain.ipynb #330d069f
-def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="sample"):
+def chain_slices(
+    objective, chain, b, x, weights, generator, b_ref=0.0, speech="sample", reward=lambda x0: x0
+):
     """Every slice that `objective` asks for: the chains `x` under b, which is (n, 1) and wants a gradient;
-    D on x_0 or on data N(0, 1)."""
+    D on x_0 or on data N(0, 1); `reward` maps x_0 (n,) to (n,), and is differentiated where that is asked."""
     actions, n, penalty = range(1, chain.schedule.num_steps), len(weights), None
     if "denoising" in objective.needs:
         k = torch.randint(0, chain.schedule.num_steps, (n,), generator=generator)
@@ -118,6 +128,8 @@ def chain_slices(objective, chain, b, x, weights, generator, b_ref=0.0, speech="
     if "log_ratio" in objective.needs:
         ratios = [chain.log_prob(x, t, b.detach()) - chain.log_prob(x, t, b_ref) for t in actions]
         penalty = sum(ratios)
+    if "reward_gradient" in objective.needs:
+        yield Replay(weights, reward=reward(chain.last_steps(x, b, objective.draft_steps)[:, 0]))
     if "policy" in objective.needs:
         for t in actions:
             log_prob = chain.log_prob(x, t, b)
@@ -134,7 +146,7 @@ def chain_gradient(
     theta = torch.full((n, 1), b, dtype=torch.float64, requires_grad=True)
     weights = objective.weights_of(reward(x[0][:, 0]), normalise)
     gradients = {part: torch.zeros(n, dtype=torch.float64) for part in ("policy", "penalty")}
-    for replay in chain_slices(objective, chain, theta, x, weights, generator, b_ref, speech):
+    for replay in chain_slices(objective, chain, theta, x, weights, generator, b_ref, speech, reward):
         loss = objective(replay)
         for part in gradients:
             value = getattr(loss, part)

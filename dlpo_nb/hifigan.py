@@ -111,7 +111,6 @@ class HifiGan(Vocoder):
                 f"but the mel has {mel.bands} and {mel.hop}; use a generator that was trained for this mel"
             )
 
-    @torch.no_grad()
     def invert(self, log_mel):
         with torch.autocast(log_mel.device.type, enabled=False):
             return self.network.to(log_mel.device)(log_mel.float().transpose(1, 2))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_steps', 'step_weights', 'Trajectory', 'spread', 'keyed_noise', 'step_noise', 'predict_noise', 'action_log_prob',
-           'x0_clipped_share', 'check_fork', 'reverse_chain', 'rollout', 'replay', 'select_text']
+           'x0_clipped_share', 'check_fork', 'reverse_chain', 'rollout', 'replay', 'select_text', 'last_steps']
 
 # %% ../nbs/10_mdp.ipynb #c4c5e674
 from dataclasses import dataclass, replace
@@ -66,7 +66,9 @@ class Trajectory:
     ids: torch.Tensor  # (B, L) symbol ids, padded with 0
     lengths: torch.Tensor  # (B,) symbols of each text
     conditioning: Conditioning  # of the B texts
+    key: tuple  # first part of every noise key
     group_size: int  # G, members of a text (1: no groups)
+    fork: int | None  # members share the chain above this step; None: nothing
     steps: list  # trained steps, the noisiest first
     x_t: tuple  # per step: (B, N) where the members still share their state, else (B*G, N)
     x_prev: tuple  # per step: (B*G, N), the action that was taken
@@ -158,10 +160,13 @@ def reverse_chain(
     noise,  # step -> (B, N) above the fork, else (B*G, N); that of step K is x_T
     steps: list,  # trained steps, whose pairs are kept
     reduction: str = "mean",  # of log-probabilities over the numbers of a state: mean or sum
+    last: int | None = None,  # how many steps are left to run; None: all K
+    x: torch.Tensor | None = None,  # (B or B*G, N) the state before them; None: the noise of step K
 ):  # x_0 (B*G, N), list of (x_t, x_prev, log_prob (B*G,), x0_clipped_share) for each trained step
     "From noise to the last state; the last step is not an action, since there is nothing random in it."
-    x, mask, pairs = noise(schedule.num_steps), state_mask(conditioning.frames, policy.width), []
-    for t in range(schedule.num_steps - 1, 0, -1):
+    x, last = noise(schedule.num_steps) if x is None else x, last or schedule.num_steps
+    mask, pairs = state_mask(conditioning.frames, policy.width), []
+    for t in range(last - 1, 0, -1):
         eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
         action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z) * z
         if t in steps:
@@ -196,13 +201,12 @@ def rollout(
     x_0, pairs = reverse_chain(policy, schedule, conditioning, noise, steps, reduction)
     audio, audio_lengths = policy.render(x_0, conditioning.repeat(group_size))
     x_t, x_prev, log_prob, clipped = zip(*pairs)
+    asked = dict(ids=ids, lengths=lengths, conditioning=conditioning, group_size=group_size, fork=fork)
     return Trajectory(
+        **asked,
+        key=key,
         indices=list(indices),
         texts=[text for text in texts for _ in range(group_size)],
-        ids=ids,
-        lengths=lengths,
-        conditioning=conditioning,
-        group_size=group_size,
         steps=list(steps),
         x_t=x_t,
         x_prev=x_prev,
@@ -229,7 +233,7 @@ def replay(
     conditioning = t.conditioning if conditioning is None else conditioning
     return action_log_prob(policy, schedule, t.x_t[s], t.x_prev[s], conditioning, t.steps[s], t.reduction)
 
-
+# %% ../nbs/10_mdp.ipynb #b94bd649
 def select_text(t: Trajectory, i: int) -> Trajectory:
     "The i-th text of a trajectory alone, without the padding."
     G, B = t.group_size, len(t.indices)
@@ -254,3 +258,19 @@ def select_text(t: Trajectory, i: int) -> Trajectory:
         audio=t.audio[members, :samples],
         audio_lengths=t.audio_lengths[members],
     )
+
+# %% ../nbs/10_mdp.ipynb #d00bbf3f
+def last_steps(
+    policy,
+    schedule,
+    t: Trajectory,
+    count: int,  # how many steps; step `count` or the one below it must be stored
+    conditioning: Conditioning | None = None,  # of the B texts, fresh, where the encoder is trained too
+) -> torch.Tensor:  # (B*G, N)
+    """x_0 of a trajectory's members, with gradient: the last `count` steps run again under the current
+    weights, from the stored state and with the noise of the rollout."""
+    conditioning = t.conditioning if conditioning is None else conditioning
+    x = t.x_prev[t.steps.index(count)] if count in t.steps else t.x_t[t.steps.index(count - 1)]
+    sizes = t.x_0_lengths[:: t.group_size].tolist()
+    noise = partial(step_noise, t.key, t.indices, sizes, t.group_size, fork=t.fork, device=x.device)
+    return reverse_chain(policy, schedule, conditioning, noise, [], last=count, x=x)[0]

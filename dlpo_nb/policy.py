@@ -148,7 +148,7 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def render(self, x_0, conditioning) -> tuple:
         """Audio (B, N) in [-1, 1] and its lengths (B,) in samples, of the last states x_0 (B, T * width);
-        called without gradient."""
+        with their gradient, if a reward's is to pass (38a)."""
 
     @abstractmethod
     def analyse(self, audio, conditioning) -> torch.Tensor:

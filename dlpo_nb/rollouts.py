@@ -113,7 +113,8 @@ def make_advantages(tuner, rewards, e) -> torch.Tensor:  # (batch,) -> (batch,)
 
     weights = o.weights_of(rewards, normalise)
     if c.control == "shuffle-advantages":
-        weights = weights[torch.randperm(len(weights), generator=keyed_generator(c.seed, "shuffle", e))]
+        order = torch.randperm(len(weights), generator=keyed_generator(c.seed, "shuffle", e))
+        weights = o.misdeal(weights, order)
     return weights
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HIFIGAN_MEL', 'SMALL_MEL', 'VOCODERS', 'MelConfig', 'mel_filters', 'log_mel', 'Vocoder', 'get_vocoder',
-           'inverse_mel_filters', 'GriffinLim']
+           'inverse_mel_filters', 'GriffinLim', 'with_phases_of']
 
 # %% ../nbs/11d_vocoder.ipynb #2a45536e
 from dataclasses import dataclass
@@ -108,37 +108,45 @@ def inverse_mel_filters(mel: MelConfig) -> torch.Tensor:  # (n_fft // 2 + 1, ban
 
 @VOCODERS.register("griffinlim")
 class GriffinLim(Vocoder):
-    "Fast Griffin-Lim (Perraudin et al. 2013), for any mel and without any weights."
+    """Fast Griffin-Lim (Perraudin et al. 2013), for any mel and without any weights.
+
+    Its gradient is that of the last inverse transform, with the phases of the sound held."""
 
     def __init__(self, mel: MelConfig, iterations: int = 32, momentum: float = 0.99, seed: int = 0):
         self.mel, self.iterations, self.momentum, self.seed = mel, iterations, momentum, seed
         self.identity = f"griffinlim {iterations} {momentum} {seed}"
 
-    @torch.no_grad()
     def invert(self, log_mel):
+        amplitude = self.magnitudes(log_mel)
+        sound = self.find_phases(amplitude.detach())
+        if amplitude.requires_grad:
+            held = with_phases_of(sound, amplitude, self.mel)
+            sound = sound + (held - held.detach())  # the value stays, to the last bit
+        start = 0 if self.mel.centred else self.mel.hop // 2
+        return sound[:, start : start + log_mel.shape[2] * self.mel.hop]
+
+    def magnitudes(self, log_mel):  # (b, bands, T) -> (b, n_fft // 2 + 1, T + 1 or 2)
+        "Of torchaudio's frames: centred on multiples of the hop, the first on sample 0; n make n - 1 hops."
+        amplitude = (inverse_mel_filters(self.mel).to(log_mel.device) @ log_mel.float().exp()).clamp(min=0)
+        return F.pad(amplitude, (0 if self.mel.centred else 1, 1), mode="replicate")
+
+    @torch.no_grad()
+    def find_phases(self, amplitude):  # (b, n_fft // 2 + 1, T) -> (b, (T - 1) * hop)
+        "Sounds whose spectra have about these magnitudes."
         mel, griffinlim = self.mel, import_torchaudio().functional.griffinlim
-        amplitude = (inverse_mel_filters(mel).to(log_mel.device) @ log_mel.float().exp()).clamp(min=0)
-        # torchaudio's frames are centred on multiples of the hop, the first on sample 0,
-        # and n of them make n - 1 hops
-        before = 0 if mel.centred else 1
-        amplitude = F.pad(amplitude, (before, 1), mode="replicate")
         window, rows = torch.hann_window(mel.n_fft, device=amplitude.device), []
+        sizes = (mel.n_fft, mel.hop, mel.n_fft)
         with torch.random.fork_rng():  # it draws the phases from the global generator
             for row in amplitude:
                 torch.manual_seed(self.seed)
-                rows.append(
-                    griffinlim(
-                        row,
-                        window,
-                        mel.n_fft,
-                        mel.hop,
-                        mel.n_fft,
-                        1.0,
-                        self.iterations,
-                        self.momentum,
-                        None,
-                        True,
-                    )
-                )
-        start = before * mel.hop // 2
-        return torch.stack(rows)[:, start : start + log_mel.shape[2] * mel.hop]
+                rows.append(griffinlim(row, window, *sizes, 1.0, self.iterations, self.momentum, None, True))
+        return torch.stack(rows)
+
+
+def with_phases_of(sound, amplitude, mel: MelConfig):  # (b, N), (b, n_fft // 2 + 1, T) -> (b, N)
+    "Sounds of these magnitudes with the phases that other `sound` has: linear in the magnitudes."
+    window = torch.hann_window(mel.n_fft, device=amplitude.device)
+    with torch.no_grad():
+        spectrum = torch.stft(sound, mel.n_fft, mel.hop, window=window, return_complex=True)
+        phases = spectrum / spectrum.abs().clamp(min=1e-16)
+    return torch.istft(amplitude * phases, mel.n_fft, mel.hop, window=window, length=sound.shape[1])

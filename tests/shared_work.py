@@ -25,12 +25,18 @@ class Loud(Reward):
     def score_clips(self, clips, sample_rate, texts):
         return [float(clip.abs().mean()) for clip in clips]
 
+    def with_gradient(self, audio, lengths, sample_rate, texts):
+        return torch.stack([clip[:n].clamp(-1, 1).abs().mean() for clip, n in zip(audio, lengths.tolist())])
+
 
 class Long(Reward):
     name, min_seconds = "long", 0.0
 
     def score_clips(self, clips, sample_rate, texts):
         return [len(clip) / sample_rate for clip in clips]
+
+    def with_gradient(self, audio, lengths, sample_rate, texts):
+        return lengths / sample_rate
 
 
 def reward():

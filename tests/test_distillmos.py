@@ -173,7 +173,7 @@ def test_the_filter_is_flat_to_7_3_kilohertz_and_ends_at_8():
 def test_with_gradient_gives_the_score(judge, speech):
     clip, lengths = speech[3][None], torch.tensor([len(speech[3])])
     with torch.no_grad():
-        scores = judge.with_gradient(clip, lengths, 22050)
+        scores = judge.with_gradient(clip, lengths, 22050, [""])
     torch.testing.assert_close(scores, judge(clip, lengths, 22050, [""]), atol=ROUNDING, rtol=0)
 
 
@@ -187,9 +187,11 @@ def test_gradients_are_difference_quotients(spoken):
     sound, lengths = 0.5 * spoken[None, 4000:12000].double() + 1e-3 * noise, torch.tensor([8000])
     step = 1e-10 * direction
     variable = sound.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(fine.with_gradient(variable, lengths, SAMPLE_RATE).sum(), variable)
+    (slope,) = torch.autograd.grad(fine.with_gradient(variable, lengths, SAMPLE_RATE, [""]).sum(), variable)
     with torch.no_grad():
-        up, down = (fine.with_gradient(sound + sign * step, lengths, SAMPLE_RATE).item() for sign in (1, -1))
+        up, down = (
+            fine.with_gradient(sound + sign * step, lengths, SAMPLE_RATE, [""]).item() for sign in (1, -1)
+        )
     np.testing.assert_allclose((up - down) / 2, (slope * step).sum(), rtol=1e-3)
     assert abs((slope * sound).sum()) < 1e-6 < slope.norm()  # the level is not heard
 
@@ -199,7 +201,7 @@ def test_gradients_through_silence_are_finite_and_stop_at_the_end_of_a_clip(judg
     audio[0, 8000:20000] = 0.5 * speech[0][:12000]
     audio.requires_grad_()
     (slope,) = torch.autograd.grad(
-        judge.with_gradient(audio, torch.tensor([24000, 9000]), 22050).sum(), audio
+        judge.with_gradient(audio, torch.tensor([24000, 9000]), 22050, [""] * 2).sum(), audio
     )
     assert slope.isfinite().all() and slope[0, 8000:20000].any()
     assert not slope[0, 24000:].any() and not slope[1, 9000:].any()

@@ -199,7 +199,16 @@ def test_what_is_left_to_the_method():
     found = {m: FinetuneConfig.of(m).resolved() for m in OBJECTIVES.names()}
     built = {m: c.objective for m, c in found.items()}
     betas = dict(
-        rwr=None, ddpo=None, dpok=0.1, klinr=0.1, dlpo=0.5, onlydl=0.5, released=None, awm=1.0, nft=1.0
+        rwr=None,
+        ddpo=None,
+        dpok=0.1,
+        klinr=0.1,
+        dlpo=0.5,
+        onlydl=0.5,
+        released=None,
+        awm=1.0,
+        nft=1.0,
+        draft=0.0,
     )
     assert {m: getattr(built[m], "beta", None) for m in betas} == betas
     assert (
@@ -266,13 +275,17 @@ def test_broken_state_file(tmp_path):
     "options, word",
     [
         (dict(method="ddpo", kl_form="l1"), "option of dpok"),
-        (dict(method="released", denoising_source="sample"), "option of dlpo, onlydl"),
+        (dict(method="released", denoising_source="sample"), "option of dlpo, draft, onlydl"),
         (dict(rollout_steps=1, fork=0, train_steps="all"), "at least 2"),
         (dict(batch_size=1, group_size=1, advantage="batch"), "at least 2 rewards"),
         (dict(beta=float("nan")), "beta"),
         (dict(train_steps="last:²"), "train steps"),
         (dict(method="dpok", tau=2.0), "option of rwr"),
         (dict(method="dpok", anchor="old"), "option of awm, nft"),
+        (dict(method="draft", draft_steps=7), "more than the 6 steps"),
+        (dict(method="draft", draft_steps=6), "--train-steps last:5, or all"),
+        (dict(method="draft", train_steps="random:2", fork=0), "keeps no state"),
+        (dict(method="draft", draft_steps=0), "at least 1"),
         (dict(method="awm", group_size=1, fork=0), "group advantages need at least 2"),
         (dict(method="rwr", rwr_weights="best", group_size=1, fork=0), "at least 2 rollouts per text"),
         (dict(batch_size=5), "group-size"),

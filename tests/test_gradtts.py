@@ -27,7 +27,15 @@ from dlpo_nb.mdp import replay, select_text
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.policy import load_policy, state_mask
 from dlpo_nb.text import pad_ids
-from dlpo_nb.vocoder import HIFIGAN_MEL, SMALL_MEL, GriffinLim, get_vocoder, log_mel, mel_filters
+from dlpo_nb.vocoder import (
+    HIFIGAN_MEL,
+    SMALL_MEL,
+    GriffinLim,
+    get_vocoder,
+    log_mel,
+    mel_filters,
+    with_phases_of,
+)
 
 # of the reference outputs, ten times what a separate float32 implementation showed
 ENCODER, ESTIMATOR, STATES, LOSSES, MEL = 3e-5, 2e-4, 1e-4, 1e-5, 5e-4
@@ -547,6 +555,24 @@ def test_griffin_lim(mel):
     assert (amplitudes[0] - amplitudes[1]).abs().sum() < 0.15 * amplitudes[1].sum()
     with pytest.raises(UserError, match="understands"):
         vocoder(wanted[:, 1:], frames)
+
+
+@pytest.mark.parametrize("mel", [HIFIGAN_MEL, SMALL_MEL])
+def test_gradient_of_griffin_lim(mel):
+    """With the phases held the sound is linear in the magnitudes, and its slope exact;
+    asking for a gradient changes no bit of the sound."""
+    vocoder, frames = GriffinLim(mel, iterations=4), torch.tensor([40])
+    wish = log_mel(0.5 * waveform(40 * mel.hop, "gt/mel/wave")[None], mel).requires_grad_()
+    sound = vocoder(wish, frames)
+    assert torch.equal(sound.detach(), vocoder(wish.detach(), frames))
+    whole = vocoder.find_phases(vocoder.magnitudes(wish.detach()))
+    size = slice(0 if mel.centred else mel.hop // 2, None)
+    held = lambda mels: with_phases_of(whole, vocoder.magnitudes(mels), mel)[:, size][:, : 40 * mel.hop]
+    direction = torch.randn(wish.shape, generator=torch.Generator().manual_seed(0))
+    (slope,) = torch.autograd.grad((sound * sound.detach()).sum(), wish)
+    up, down = (float((held(wish.detach() + d * direction) * sound).sum().detach()) for d in (1e-2, -1e-2))
+    # in float32, and exp bends by the square of the step
+    assert float((slope * direction).sum()) == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
 
 def test_log_mel_of_short_audio():

@@ -35,6 +35,7 @@ from small_policy import (
     quiet,
     spoken,
 )
+from toy_mel import make_toy_mel
 from torch.distributions import Normal, kl_divergence as torch_kl
 
 from dlpo_nb import finetune, mdp
@@ -45,7 +46,7 @@ from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_errors,
 from dlpo_nb.diagnostics import drift
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
-from dlpo_nb.mdp import draw_steps, keyed_noise, replay, rollout, step_weights
+from dlpo_nb.mdp import draw_steps, keyed_noise, last_steps, replay, rollout, step_weights
 from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages
 from dlpo_nb.objectives import get_objective as build
 from dlpo_nb.objectives.base import KL_FORMS, clipped_ratio, kl_divergence
@@ -744,6 +745,29 @@ def test_nft_is_awm_without_its_curvature():
     torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reward", [identity, curved])
+@each_schedule
+def test_draft_on_the_chain(schedule, reward):
+    """Through all steps it is the gradient of E[r], the deterministic step's part too, as common random
+    numbers find it; through the last K it is K steps' part of it."""
+    chain, K, h = Cubature(schedule), schedule.num_steps, 1e-4
+    up, down = (float(reward(chain.rollout(B + d)[0][:, 0]).mean()) for d in (h, -h))
+    whole = exactly(get_objective("draft", draft_steps=K, alpha=0.5), schedule, reward=reward)["total"]
+    assert whole == pytest.approx(-0.5 * (up - down) / (2 * h), rel=1e-7)
+    parts, slope = chain.shift * schedule.alphas_cumprod_prev.sqrt(), 1.0
+    if reward is curved:
+        slope = -2 * (chain.mean(B) - 1)
+    for count in (1, 3, K - 1, K):
+        found = exactly(get_objective("draft", draft_steps=count), schedule, reward=reward)
+        assert found["policy"] == pytest.approx(float(parts[:count].sum()) * slope, rel=1e-9)
+        assert found["penalty"] == 0
+
+
+def test_draft_sees_no_noise_where_the_reward_is_linear():
+    found = chain_gradient(get_objective("draft", draft_steps=10), GaussianChain(), B, 50, seeded(), identity)
+    torch.testing.assert_close(found["total"], torch.full((50,), -GaussianChain().mean(1.0)).double())
+
+
 @pytest.mark.parametrize("name", ["awm", "nft"])
 @pytest.mark.parametrize("reward", [identity, curved])
 def test_advantage_weighted_matching(name, reward):
@@ -1029,6 +1053,86 @@ def test_the_reference_is_frozen(method, trainable):
         assert not any(p.requires_grad or p.grad is not None for p in tuner.reference.parameters())
         assert not any(m.training for m in tuner.reference.modules())
     assert fingerprint(tuner.reference) == start != fingerprint(tuner.model)
+
+
+@pytest.mark.parametrize("source", ["sample", "data"])
+def test_the_penalty_of_draft_is_that_of_dlpo(source):
+    """Bit for bit: D as a loss, and nothing of the reward in it."""
+    settings = dict(beta=0.7, denoising_source=source, denoising_steps=2)
+    corpus = make_corpus(exact_model().width) if source == "data" else None
+    tuner = make_tuner(exact_model(), corpus=corpus, method="draft", denoising_frames=3, **settings)
+    one, other = gathered(tuner)[0], gathered(make("dlpo", penalty_parts="direct", **settings))[0]
+    assert torch.equal(one.part("penalty"), other.part("penalty")) and one.part("penalty").any()
+    assert torch.equal(one.part("policy"), gathered(make("draft"))[0].part("policy"))
+
+
+@pytest.mark.parametrize(
+    "model, count, options",
+    [
+        ("conv", 6, dict(fork=0, train_steps="all")),
+        ("tiny", 6, dict(fork=0, train_steps="all")),
+        ("conv", 4, dict(trainable="all")),  # from the fork, where a text's members share their state
+        ("conv", 2, dict(micro_batch=4)),
+        ("conv", 1, {}),
+        ("toy", 3, {}),
+    ],
+)
+def test_draft_is_the_slope_of_the_reward(model, count, options):
+    """Of what the rollouts would have been paid, with the same noise, where the weights of the last steps
+    are others: a difference quotient along a random direction."""
+    voices = {"conv": ConvPolicy, "tiny": exact_model, "toy": lambda: make_toy_mel(kind=torch.float64)}
+    tuner = stray(make("draft", voices[model](), draft_steps=count, **options))
+    trajectories = collect(tuner, 0)
+    slope = gathered(tuner, trajectories)[0].part("policy")
+    direction = torch.randn(len(slope), generator=seeded(3), dtype=torch.float64)
+
+    def paid(amount):
+        with torch.no_grad():
+            start = torch.nn.utils.parameters_to_vector(tuner.parameters)
+            torch.nn.utils.vector_to_parameters(start + amount * direction, tuner.parameters)
+            rewards = []
+            for t in trajectories:
+                said = tuner.model.condition(t.ids, t.lengths, durations=t.conditioning.durations)
+                x_0 = last_steps(tuner.model, tuner.schedule, t, count, said)
+                rewards.append(quiet(*tuner.model.render(x_0, said.repeat(2)), 0, ""))
+            torch.nn.utils.vector_to_parameters(start, tuner.parameters)
+        return float(torch.cat(rewards).mean())
+
+    assert paid(0) == pytest.approx(float(score_audio(tuner, trajectories).mean()), rel=1e-6)
+    quotient = (paid(1e-7) - paid(-1e-7)) / 2e-7  # a long step would cross kinks
+    assert -float(slope @ direction) == pytest.approx(quotient, rel=1e-5) and quotient
+    if count == 6:  # all of them: the same as new rollouts from the same noise
+        with torch.no_grad():
+            for p, d in zip(tuner.parameters, direction.split([p.numel() for p in tuner.parameters])):
+                p += 1e-2 * d.view_as(p)
+        again = torch.cat([t.x_0.flatten() for t in collect(tuner, 0)])
+        ends = [last_steps(tuner.model, tuner.schedule, t, 6).flatten() for t in trajectories]
+        torch.testing.assert_close(torch.cat(ends), again, rtol=1e-9, atol=1e-9)
+
+
+def test_the_control_of_draft_turns_half_of_the_slopes_round():
+    weights = make("draft", batch_size=6, control="shuffle-advantages")
+    found = [make_advantages(weights, torch.zeros(6), e).tolist() for e in range(3)]
+    assert all(sorted(signs) == [-1] * 3 + [1] * 3 for signs in found) and found[0] != found[1]
+    assert make_advantages(make("draft"), torch.zeros(4), 0).tolist() == [1] * 4
+
+
+def test_what_has_no_gradient_is_refused():
+    class Deaf(Reward):
+        name = "deaf"
+
+    with pytest.raises(UserError, match="'deaf' gives scores without a gradient.*distillmos, dnsmos"):
+        make_tuner(reward=Deaf(), method="draft")
+    counted = make_tuner(reward=lambda audio, *rest: torch.zeros(len(audio)), method="draft")
+    with pytest.raises(UserError, match="compute them from the audio in torch"):
+        counted.episode()
+    silent = make_tuner(method="draft")
+    render = silent.model.render
+    with (
+        mock.patch.object(silent.model, "render", lambda x, said: render(x.detach(), said)),
+        pytest.raises(UserError, match="the sound of this policy has no gradient"),
+    ):
+        silent.episode()
 
 
 @pytest.mark.parametrize("source", ["sample", "data"])

@@ -19,6 +19,7 @@ import torch
 from dlpo_nb.audio import read_audio, resample
 from dlpo_nb.core import UserError
 from dlpo_nb.rewards import CombinedReward, Reward, get_reward
+from dlpo_nb.rewards.base import as_reward, check_gradient, with_slope
 from dlpo_nb.rewards.formula import Moments, check_as_reward, parse_formula
 from dlpo_nb.rewards.queue import ScoringQueue
 from dlpo_nb.rewards.dnsmos import DNSMOS, SAMPLE_RATE, mel_filters, windows
@@ -462,7 +463,40 @@ def test_importing_the_rewards_loads_no_scorer():
     assert run.stdout.strip() == "[]"
 
 
+def test_a_sum_of_slopes_is_the_slope_of_the_sum():
+    """Of parts that count, with the statistics they have by now; one utterance at a time, or both."""
+    loud = as_reward(lambda audio, lengths, *rest: audio.square().mean(1))
+    edge = as_reward(lambda audio, lengths, *rest: audio.diff(dim=1).abs().mean(1))
+    parts = {"loud": loud, "edge": edge, "deaf": Loudest()}
+    reward = CombinedReward({"loud": 2.0, "edge": -0.5, "deaf": 0.0}, parts, "z")
+    audio = torch.stack([voice(0.2, seed=1), voice(0.2, seed=2)])
+    lengths = torch.tensor([audio.shape[1]] * 2)
+    scores = reward(audio, lengths, RATE, ["", ""])
+    variable = audio.clone().requires_grad_()
+    found = with_slope(reward, variable, lengths, RATE, ["", ""])
+    torch.testing.assert_close(found.detach(), scores, atol=1e-4, rtol=0)
+    stds = [(m.squares / m.count) ** 0.5 for m in (reward.moments["loud"], reward.moments["edge"])]
+    plain = 2 * loud(variable, lengths) / stds[0] - 0.5 * edge(variable, lengths) / stds[1]
+    for one, other in zip(*(torch.autograd.grad(x.sum(), variable) for x in (found, plain))):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    check_gradient(reward)
+    with pytest.raises(UserError, match="without a gradient"):
+        check_gradient(CombinedReward({"loud": 1.0, "deaf": 1e-3}, parts))
+
+
 # DNSMOS
+
+
+def test_p808_in_torch_is_the_onnx_network():
+    """In 1e-4 on the features, and for clips of one and of several windows at any rate."""
+    clips = [voice(0.7, seed=1), voice(3.3, seed=2), voice(11.2, seed=3)]
+    lengths = torch.tensor([len(clip) for clip in clips])
+    audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=0.5).requires_grad_()
+    found = DNSMOS().with_gradient(audio, lengths, RATE, [""] * 3)
+    torch.testing.assert_close(found.detach(), DNSMOS()(audio, lengths, RATE, [""] * 3), atol=1e-4, rtol=0)
+    (slope,) = torch.autograd.grad(found.sum(), audio)
+    assert slope.isfinite().all() and slope[0].any() and not slope[0, lengths[0] :].any()
+    assert DNSMOS().differentiable and not DNSMOS("ovrl").differentiable
 
 
 def test_mel_filters_are_librosas():

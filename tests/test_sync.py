@@ -38,6 +38,7 @@ LATE = {
     "inflect": "seconds, and only for a text with digits",
     "librosa": "compiles code when it is imported",
     "onnxruntime": "seconds, for one judge or voice",
+    "google.protobuf": "comes with onnxruntime, for the weights of one judge",
     "transformers": "seconds, for one judge",
     "torchmetrics": "seconds, for one judge",
     "pocketsphinx": "for one judge or aligner",

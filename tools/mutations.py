@@ -124,6 +124,24 @@ MUTATIONS = [  # what is broken, file, line part, what it becomes
         "return replay.denoising",
     ),
     (
+        "sign of the reward's gradient",
+        "objectives/draft.py",
+        "Loss(-self.alpha",
+        "Loss(self.alpha",
+    ),
+    (
+        "other noise in the last steps",
+        "mdp.py",
+        "step_noise, t.key, t.indices",
+        "step_noise, (*t.key, 0), t.indices",
+    ),
+    (
+        "a state that the gradient does not pass",
+        "mdp.py",
+        "action = spread(schedule.mean(eps, x, t)",
+        "action = spread(schedule.mean(eps, x.detach(), t)",
+    ),
+    (
         "the shift from the policy itself",
         "finetune.py",
         "return tuner.reference, partial(",

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/39_all_objectives.ipynb #11624b84
-from . import awm, ddpo, dlpo, dpok, klinr, onlydl, released, rwr
+from . import awm, ddpo, dlpo, dpok, draft, klinr, onlydl, released, rwr
 from dlpo_nb.objectives.base import (
     OBJECTIVES,
     Loss,

@@ -38,6 +38,8 @@ class Replay:
     # of the stored actions of the step under the reference, detached
     reference_log_prob: torch.Tensor | None = None
     group: torch.Tensor | None = None  # int64, which text of the batch each utterance is a rollout of
+    # the score of each utterance, with gradient: of the sound in the weights, through the last steps
+    reward: torch.Tensor | None = None
 
 
 class Loss(NamedTuple):
@@ -215,11 +217,13 @@ def check_fields(settings, above_zero=(), at_least_one=()):
 class Objective:
     "What every method has; a method is a dataclass of its options, with `__call__(replay) -> Loss`."
 
-    needs = ("policy",)  # of policy, kl, log_ratio, reference, denoising, denoising_shift
+    # of policy, kl, log_ratio, reference, denoising, denoising_shift, reward_gradient
+    needs = ("policy",)
     denoising_source = "data"  # speech on which D is taken: recorded (data), or the policy's own (sample)
     anchor = "reference"  # what denoising_shift is measured from: the base, or the policy that spoke (old)
     reward_side = False  # whether D is also subtracted from the reward
     kl_form = "exact"  # of the KL, one of KL_FORMS
+    draft_steps = 1  # the last steps of the chain, which a reward's gradient passes through
     above_zero, at_least_one = (), ()  # names of options that must be
 
     def __post_init__(self):
@@ -238,6 +242,10 @@ class Objective:
     def weights_of(self, rewards, normalise):
         "What becomes of the rewards (B,), (B,); `normalise` is `advantages` with the loop's settings."
         return normalise(rewards)
+
+    def misdeal(self, weights, order):
+        "The weights (B,) of the control, dealt to the wrong utterances by a random permutation (B,)."
+        return weights[order]
 
     def new_buffer(self):
         "A memory for the rewards of each text."

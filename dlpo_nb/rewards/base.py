@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'REWARDS', 'check_batch', 'Failure', 'unfit', 'without_autocast', 'attention_for', 'remark_on', 'Summand',
-           'WeightsFrom', 'Reward', 'check_reward', 'FunctionReward', 'as_reward']
+           'WeightsFrom', 'Reward', 'check_reward', 'FunctionReward', 'as_reward', 'check_gradient', 'with_slope']
 
 # %% ../../nbs/20_rewards.ipynb #79a0c12b
 import contextlib
@@ -113,8 +113,8 @@ def remark_on(reward, faults, texts):
 
 # %% ../../nbs/20_rewards.ipynb #75bd38be
 class Summand:
-    """What lets a reward be scored apart and summed afterwards, and what a run logs and keeps of it;
-    `CombinedReward` has more to say here."""
+    """What lets a reward be scored apart and summed afterwards, or differentiated, and what a run logs and
+    keeps of it; `CombinedReward` has more to say here."""
 
     def parts(self, audio, lengths, sample_rate, texts):
         """Scores (B, P) of the parts of a sum, (B, 1) of a single reward, on the CPU, and which of them
@@ -146,6 +146,17 @@ class Summand:
 
     def load_state_dict(self, state):
         """Resume from a `state_dict`."""
+
+    @property
+    def differentiable(self):
+        """Whether `with_gradient` can be called."""
+        return type(self).with_gradient is not Summand.with_gradient
+
+    def with_gradient(self, audio, lengths, sample_rate, texts):
+        """Scores (B,) as a call gives them, differentiable in the audio; only where `differentiable`.
+
+        Nothing is checked, and broken audio has no `worst`."""
+        raise NotImplementedError
 
 # %% ../../nbs/20_rewards.ipynb #a4e640ca
 class WeightsFrom(NamedTuple):
@@ -257,13 +268,45 @@ class FunctionReward(Reward):
     """A plain function (audio, lengths, sample_rate, texts) -> scores (B,) as a reward; nothing is
     checked."""
 
+    differentiable = True  # if it computes in torch
+
     def __init__(self, function):
         self.function = function
 
     def __call__(self, *batch):
         return self.function(*batch)
 
+    def with_gradient(self, *batch):
+        return self.function(*batch)
+
 
 def as_reward(reward):
     """A reward as it is, any other callable as a `FunctionReward`."""
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
+
+# %% ../../nbs/20_rewards.ipynb #46c8f472
+def check_gradient(reward):
+    """Raises UserError if a reward cannot be differentiated."""
+    if not reward.differentiable:
+        own = {name: getattr(REWARDS.get(name), "with_gradient", None) for name in REWARDS.names()}
+        known = [name for name, method in own.items() if method not in (None, Summand.with_gradient)]
+        raise UserError(
+            f"the reward {reward.name!r} gives scores without a gradient; take one that has it, or a sum "
+            f"of such rewards: {', '.join(known)}"
+        )
+
+
+def with_slope(reward, audio, lengths, sample_rate, texts):
+    """Scores (B,), arguments as of a reward, for an audio with a gradient: that of the scores is passed on.
+
+    Raises UserError if a plain function does not compute in torch."""
+    heard, scores = audio.detach(), []
+    for i, text in enumerate(texts):
+        row = slice(i, i + 1)
+        clip = heard[row].clone().requires_grad_()
+        score = reward.with_gradient(clip, lengths[row], sample_rate, [text])
+        if not score.requires_grad:
+            raise UserError("this function's scores have no gradient; compute them from the audio in torch")
+        (slope,) = torch.autograd.grad(score.sum(), clip)
+        scores.append(score.detach().to(audio.device) + ((audio[row] - heard[row]) * slope).sum(1))
+    return torch.cat(scores)

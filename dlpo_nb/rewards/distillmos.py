@@ -166,11 +166,7 @@ class DistillMOS(Reward):
         return self.rate([to_16k(clip, sample_rate) for clip in clips]).cpu()
 
     @without_autocast
-    def with_gradient(self, audio, lengths, sample_rate):
-        """Scores (B,) as a call gives them, differentiable in the audio (B, N) at sample_rate Hz.
-
-        lengths (B,) integers, samples. Nothing is checked, and broken audio has no `worst`.
-        """
+    def with_gradient(self, audio, lengths, sample_rate, texts):
         return self.rate([to_16k(clip[:n], sample_rate) for clip, n in zip(audio, lengths.tolist())])
 
 
