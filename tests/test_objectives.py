@@ -43,7 +43,7 @@ from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
 from dlpo_nb.config import FinetuneConfig
 from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_errors, windowed_loss
-from dlpo_nb.diagnostics import drift
+from dlpo_nb.diagnostics import alignment, drift, reward_gradients
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
 from dlpo_nb.mdp import draw_steps, keyed_noise, last_steps, replay, rollout, step_weights
@@ -1108,6 +1108,28 @@ def test_draft_is_the_slope_of_the_reward(model, count, options):
         again = torch.cat([t.x_0.flatten() for t in collect(tuner, 0)])
         ends = [last_steps(tuner.model, tuner.schedule, t, 6).flatten() for t in trajectories]
         torch.testing.assert_close(torch.cat(ends), again, rtol=1e-9, atol=1e-9)
+
+
+def test_the_yardstick_on_a_policy_of_one_number():
+    """The policy gradient recovers what DRaFT finds through all steps but the last; with one parameter there
+    is one direction."""
+    tuner = make_tuner(
+        FlawedPolicy(0.02),
+        reward=lambda audio, *rest: audio.mean(1),
+        method="draft",
+        batch_size=300,
+        micro_batch=300,
+        fork=0,
+        train_steps="all",
+    )
+    found = reward_gradients(tuner, [1, 6])
+    assert {len(g) for g in found.values()} == {150}
+    last, policy = (alignment(found[6], found[name]) for name in (1, "policy"))
+    assert last["cosine"] == pytest.approx(1) and abs(policy["cosine"] - 1) < 0.1
+    assert 0.001 < last["recovered"] < 0.9
+    assert abs(policy["recovered"] - 1 + last["recovered"]) < 4 * policy["recovered_error"] < 0.8
+    with pytest.raises(UserError, match="at least 3 texts"):
+        reward_gradients(make("draft"), [1])
 
 
 def test_the_control_of_draft_turns_half_of_the_slopes_round():
