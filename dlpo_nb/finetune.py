@@ -308,7 +308,8 @@ def load_state(tuner, path):
     """Read what `save_state` wrote (weights only, nothing is executed).
     Raises UserError for a broken file or another method's state."""
     try:
-        state = load_plain(path, tuner.device)
+        # each part then takes it to where it belongs; AdamW reads its step counts on the CPU
+        state = load_plain(path)
         if state["method"] != tuner.config.method:
             raise UserError(
                 f"this run was begun with --method {state['method']}; "

@@ -9,6 +9,7 @@ __all__ = ['Gradients', 'Log']
 import torch
 
 from .distributed import all_reduce_sum, all_gather
+from .precision import without_autocast
 
 # %% ../nbs/39c_gradients.ipynb #91655ad9
 class Gradients:
@@ -17,6 +18,7 @@ class Gradients:
     def __init__(self, parameters):
         self.parameters, self.parts = parameters, {}
 
+    @without_autocast  # a layer's backward pass takes the types that its forward pass has chosen
     def add(self, loss, weight: float):
         "Add those of a slice's `Loss`, times its weight."
         parts = {name: getattr(loss, name) for name in ("policy", "penalty")}

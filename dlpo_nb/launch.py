@@ -30,7 +30,7 @@ from .cost import dry_run
 from .diagnostics import drift
 from .distributed import begun_here, join, on_first_rank, open_board, rank, run_process
 from .distributed import start_processes, under_torchrun, write_environment
-from .finetune import Finetuner, finetune, load_state
+from .finetune import Finetuner, autocast, finetune, load_state
 from .heldout import compare, evaluation_judges, format_table, measure
 from .heldout import speaker_log_mels, synthesise_all, write_rows
 from .inputs import banner, check_given, load_all_texts, load_base, load_recordings, load_reward
@@ -201,13 +201,14 @@ def speak_heldout(tuner, config, texts) -> dict:  # {base, tuned: list of (N_i,)
             f"evaluating base and tuned model on {counted(len(texts), 'held-out text')} with the same noise",
             flush=True,
         )
-    models = {"base": tuner.reference, "tuned": tuner.model}
-    return {
-        name: synthesise_all(
-            model, texts, tuner.schedule, config.seed, progress=None if rank() else name, shared=True
-        )
-        for name, model in models.items()
-    }
+    audio = {}
+    for name, model in {"base": tuner.reference, "tuned": tuner.model}.items():
+        progress = None if rank() else name
+        with autocast(tuner):
+            audio[name] = synthesise_all(
+                model, texts, tuner.schedule, config.seed, progress=progress, shared=True
+            )
+    return audio
 
 
 def evaluate_run(run, audio, texts, judges, sample_rate) -> dict:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .core import UserError
+from .precision import without_autocast
 
 # %% ../nbs/39b_lora.ipynb #ef92aad9
 class LowRank(nn.Module):
@@ -27,6 +28,7 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(weight.new_zeros(len(weight), rank))  # (O, rank)
         self.scale, self.on = scale, True
 
+    @without_autocast
     def forward(self, weight):
         return weight + self.scale * (self.b @ self.a).view_as(weight) if self.on else weight
 

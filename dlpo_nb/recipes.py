@@ -187,8 +187,7 @@ class UtteranceRecipe(Recipe):
 
     def means(self, policy, batch):
         "The parts as means over these rows."
-        with self.autocast(batch):
-            conditioning = policy.condition(batch["ids"], batch["lengths"], batch["durations"])
+        conditioning = policy.condition(batch["ids"], batch["lengths"], batch["durations"])
         size = round(int(conditioning.frames.max()) * policy.sample_rate / policy.frame_rate)  # of these rows
         x_0 = policy.analyse(batch["audio"][:, :size], conditioning).detach()
         mask = state_mask(conditioning.frames, policy.width)

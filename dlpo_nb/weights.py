@@ -220,7 +220,7 @@ def read_tensors(archive, root, stored: dict, size: int) -> dict:
     return {key: tensors[key] for key in stored}
 
 
-def load_plain(path, device="cpu"):
+def load_plain(path):
     """What torch.save wrote, if that is tensors and plain data, as states of a run are.
 
     Raises NotRead for anything else, and whatever a damaged file makes torch raise."""
@@ -228,7 +228,7 @@ def load_plain(path, device="cpu"):
         with zipfile.ZipFile(path) as archive:
             check_archive(archive, Path(path).stat().st_size)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         said = str(error)
         if not isinstance(error, pickle.UnpicklingError) and "weights_only" not in said:

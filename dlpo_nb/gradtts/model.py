@@ -152,7 +152,7 @@ class MelPolicy(Policy):
 
     def predict_noise(self, x, hidden, level, frames=None):
         frames = torch.full((len(x),), hidden.shape[2], device=x.device) if frames is None else frames
-        # the state keeps its digits where autocast has made the conditioning coarse
+        # the state keeps its digits where the weights, and so the conditioning, are coarse
         y = x.to(
             torch.promote_types(x.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         )

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..audio import import_torchaudio
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward, without_autocast
+from ..precision import without_autocast
+from .base import REWARDS, Reward
 from ..weights import NoInitialWeights
 
 # %% ../../nbs/25_distillmos.ipynb #8fd21d26

@@ -22,7 +22,8 @@ import torch
 
 from ..audio import import_torchaudio, is_silent, resample
 from ..core import UserError, pick_device
-from .base import REWARDS, Reward, WeightsFrom, attention_for, unfit, without_autocast
+from ..precision import without_autocast
+from .base import REWARDS, Reward, WeightsFrom, attention_for, unfit
 from .words import count_edits, spoken_words
 from ..weights import MOST_LAYERS, check_archive
 

@@ -21,12 +21,8 @@ def length_mask(
 
 def packed_lstm(lstm: nn.LSTM, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     "Run a (bidirectional) LSTM over x (B, L, C), each item up to its own length; rows beyond it are 0."
-    # oneDNN has a bfloat16 LSTM for some processors only, and there is little to save
-    if x.device.type == "cpu":
-        x = x.to(lstm.weight_hh_l0.dtype)
     packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-    with torch.autocast("cpu", enabled=False):
-        out, _ = lstm(packed)
+    out, _ = lstm(packed)
     return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
 
 # %% ../../nbs/05_encoder.ipynb #0233c60b
@@ -40,8 +36,7 @@ def masked_norm(
         return norm(x)
     rows = x.transpose(1, 2)
     out = torch.zeros_like(rows)
-    # under autocast the rows are bfloat16: too coarse for a variance
-    out[mask] = norm(rows[mask].to(norm.weight.dtype)).to(out.dtype)
+    out[mask] = norm(rows[mask])
     return out.transpose(1, 2)
 
 # %% ../../nbs/05_encoder.ipynb #d8468708

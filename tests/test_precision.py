@@ -1,0 +1,136 @@
+"""Half precision as a GPU computes it, imitated on a CPU: who asks for which type, and who must not care."""
+
+import pytest
+import torch
+from small_gradtts import make_gradtts
+from small_policy import TEXTS, make_model, make_tuner, spoken
+from torch.nn import functional as F
+from toy_mel import make_toy_mel
+
+from dlpo_nb import checkpoints, diagnostics
+from dlpo_nb.finetune import load_state, save_state
+from dlpo_nb.launch import speak_heldout
+from dlpo_nb.lora import LowRank
+from dlpo_nb.policy import Policy
+from dlpo_nb.precision import without_autocast
+from dlpo_nb.text import pad_ids
+from dlpo_nb.wavegrad2 import decoder
+
+HALF = dict(precision="bfloat16", denoising_frames=8)
+
+
+def half():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_without_autocast_takes_every_argument():
+    @without_autocast
+    def product(a, *, b):
+        return a @ b
+
+    with half():
+        assert product(torch.eye(2), b=torch.eye(2)).dtype == torch.float32
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16, "what was on is on again"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    "Interpolation gives float32 under autocast, as CUDA's does; its convolutions want one type."
+    plain = decoder.stretch
+
+    def stretch(x, factor):
+        return plain(x.float() if torch.is_autocast_enabled("cpu") and factor > 1 else x, factor)
+
+    monkeypatch.setattr(decoder, "stretch", stretch)
+
+
+@pytest.mark.parametrize("options", [dict(method="dpok"), dict(method="dlpo", trainable="all")])
+def test_a_gradient_is_taken_outside_autocast(options, as_on_a_gpu):
+    metrics = make_tuner(**HALF, **options).episode()
+    assert metrics["ratio/mean"] == 1.0 and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "make", [make_model, make_gradtts, make_toy_mel], ids=["wavegrad2", "gradtts", "toy"]
+)
+def test_conditioning_is_not_subject_to_autocast(make):
+    """Lengths, too, are those of float32."""
+    policy = make()
+    ids, lengths = pad_ids(policy.encode(TEXTS))
+    plain = policy.condition(ids, lengths)
+    with half():
+        inside = policy.condition(ids, lengths)
+    assert torch.equal(inside.hidden, plain.hidden) and torch.equal(inside.seconds, plain.seconds)
+    assert torch.equal(inside.frames, plain.frames) and inside.hidden.dtype == plain.hidden.dtype
+
+
+def test_a_policy_of_ones_own_is_conditioned_without_autocast():
+    class Own(make_toy_mel().__class__):
+        def condition(self, ids, lengths, durations=None):
+            assert not torch.is_autocast_enabled("cpu")
+            return super().condition(ids, lengths, durations)
+
+    policy = make_toy_mel()
+    policy.__class__ = Own
+    with half():
+        assert policy.condition(*pad_ids(policy.encode(TEXTS))).hidden.isfinite().all()
+    assert "condition" in Policy.__abstractmethods__ and not Own.__abstractmethods__
+
+
+def test_low_rank_products_keep_their_digits():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, 3)
+    change = LowRank(weight, 2, 1.0)
+    torch.nn.init.normal_(change.b)
+    plain = change(weight)
+    with half():
+        assert torch.equal(change(weight), plain)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "Whether a convolution of the decoder was asked for under autocast, each time."
+    found, plain = [], F.conv2d
+
+    def conv2d(*arguments, **options):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
+    return found
+
+
+def watch(tuner):
+    checkpoints.heldout_reward(tuner, TEXTS)
+
+
+def speak(tuner):
+    speak_heldout(tuner, tuner.config, TEXTS[:1])
+
+
+def drift(tuner):
+    diagnostics.drift(tuner, TEXTS[:1])
+
+
+def signal(tuner):
+    diagnostics.gradient_signal(tuner)
+
+
+@pytest.mark.parametrize("look", [watch, speak, drift, signal])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_is_looked_at_in_its_own_precision(look, precision, asked):
+    tuner = make_tuner(spoken(make_model()), precision=precision, batch_size=6)
+    asked.clear()
+    look(tuner)
+    assert asked and set(asked) == {precision == "bfloat16"}
+
+
+def test_step_counts_of_a_resumed_optimiser_stay_on_the_cpu(tmp_path):
+    first, second = make_tuner(), make_tuner()
+    first.episode()
+    save_state(first, tmp_path / "state.pt")
+    second.device = torch.device("meta")  # an accelerator from which nothing can be read
+    load_state(second, tmp_path / "state.pt")
+    counts = [state["step"] for state in second.optimiser.state.values()]
+    assert counts and all(count.device.type == "cpu" and count == 1 for count in counts)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters, second.parameters))
