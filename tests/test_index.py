@@ -42,7 +42,8 @@ def test_what_the_loop_logs_is_explained(method, data):
     sources = [{"corpus": recorded}, {}] if method in ("dlpo", "onlydl") else [{"corpus": recorded}]
     for source in sources:  # on own speech where there are no recordings
         metrics = make_tuner(spoken(make_model()), method=method, **source).episode()
-        assert not {listed(key) for key in metrics} - glossary()
+        new = {listed(key) for key in metrics} - glossary()
+        assert not new, f"enter them in the glossary of nbs/index.ipynb: {new}"
 
 
 def test_what_recorded_runs_have_logged_is_explained():
