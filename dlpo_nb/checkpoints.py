@@ -53,7 +53,7 @@ def heldout_reward(tuner, texts: list) -> dict:
     {reward/heldout, reward/heldout/NAME}."""
     c, rows = tuner.config, []
     local = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
-    with ScoringQueue(tuner.reward) as queue, autocast(tuner):
+    with ScoringQueue(tuner.reward, patience=c.reward_patience) as queue, autocast(tuner):
         for pairs in (local[i : i + c.micro_batch] for i in range(0, len(local), c.micro_batch)):
             places, spoken = map(list, zip(*pairs))
             ids, key = tuner.model.encode(spoken), (c.seed, "heldout")

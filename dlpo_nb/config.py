@@ -67,6 +67,13 @@ class FinetuneSettings:
     # of the network in rollouts and updates, bfloat16 by autocast; log-probabilities are float64 either way
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0  # of texts, noise and shuffling
+    # seconds in which the reward has to answer, per micro-batch; else it has failed, as when it raises
+    reward_patience: float = 600.0
+    # after how many episodes in a row whose reward, loss or gradient is not finite, so that they bring no
+    # update, a run stops
+    max_skipped: int = 3
+    # when level, noise floor, duration, denoising loss or KL leave their limits: say so, or stop
+    on_collapse: Literal["warn", "stop"] = "warn"
 
     @property
     def method(self) -> str:
@@ -169,8 +176,10 @@ class FinetuneConfig(FinetuneSettings):
         return policy.training_schedule().respaced(self.rollout_steps, self.spacing)
 
 # %% ../nbs/39a_config.ipynb #5a396f9c
-AT_LEAST_ONE = ("episodes", "batch_size", "group_size", "micro_batch", "denoising_steps", "inner_epochs")
-ABOVE_ZERO = ("learning_rate", "max_grad_norm", "lora_alpha")
+AT_LEAST_ONE = (
+    "episodes", "batch_size", "group_size", "micro_batch", "denoising_steps", "inner_epochs", "max_skipped",
+)  # fmt: skip
+ABOVE_ZERO = ("learning_rate", "max_grad_norm", "lora_alpha", "reward_patience")
 
 
 def check_batch(c):

@@ -18,7 +18,7 @@ from .gradients import Gradients
 from .mdp import draw_steps, replay, rollout, select_text
 from .objectives import Loss, advantages
 from .reference import step_kl
-from .rollouts import collect, make_advantages, score_audio
+from .rollouts import collect, make_advantages, score_audio, unfit_rewards
 
 # %% ../nbs/43_diagnostics.ipynb #9804f124
 def signal_and_noise(gradients: torch.Tensor) -> dict:  # (n, parameters), a row per group
@@ -48,7 +48,10 @@ def gradient_signal(tuner, episode: int = 0, progress=False) -> dict:
     trajectories = [select_text(t, i) for t in collected for i in range(len(t.indices))]
     if len(trajectories) < 3:
         raise UserError("signal and noise need the gradients of at least 3 texts: raise the batch size.")
-    advantages = make_advantages(tuner, score_audio(tuner, collected), episode).to(tuner.device)
+    rewards = score_audio(tuner, collected)
+    if why := unfit_rewards(collected, rewards):
+        raise UserError(f"{why}; mend the reward.")
+    advantages = make_advantages(tuner, rewards, episode).to(tuner.device)
     rows, all_steps = [], 0.0
     for s, step in enumerate(tqdm(trajectories[0].steps, disable=not progress, unit="step")):
         vectors = []

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Loop', 'Finetuner', 'Batch', 'Slice', 'policy_slice', 'reward_slice', 'replayed_reward', 'denoising_slices',
            'anchor_of', 'in_reward_penalty', 'choose_trained', 'autocast', 'Stopwatch', 'reward_statistics',
-           'check_norms', 'save_state', 'load_state', 'finetune']
+           'unfit_update', 'save_state', 'load_state', 'finetune']
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from .config import FinetuneConfig
-from .core import UserError, keyed_generator, save_tensors
+from .core import UserError, counted, keyed_generator, save_tensors
 from .denoising import denoising_losses, recorded_loss
 from .distributed import abort_all, gather_rows, rank
 from .gradients import Gradients, Log
@@ -36,7 +37,8 @@ from dlpo_nb.reference import (
 )
 from .rewards.base import as_reward, check_gradient, with_slope
 from .rewards.queue import ScoringQueue
-from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics, score_audio
+from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics
+from .rollouts import score_audio, unfit_rewards
 from .weights import load_plain
 
 # %% ../nbs/40_finetune.ipynb #e2686dad
@@ -46,13 +48,16 @@ class Loop:
     def episode(self) -> dict:
         "Run the next episode: one batch of fresh speech, and what is learnt from it; returns its metrics."
         e, watch = self.next_episode, Stopwatch(self.device)
-        with ScoringQueue(self.reward) as queue, autocast(self):
+        with ScoringQueue(self.reward, patience=self.config.reward_patience) as queue, autocast(self):
             rollouts = collect(self, e, queue)  # each is scored in the background while the next is sampled
             watch.lap("rollout")
             rewards = score_audio(self, rollouts, queue)  # (batch,)
         watch.lap("reward")
-        advantages = make_advantages(self, rewards, e)  # (batch,)
-        stats = self.update(rollouts, advantages.to(self.device), e)
+        if why := unfit_rewards(rollouts, rewards, queue.last_failures):
+            advantages, stats = rewards * math.nan, self.skip(why)
+        else:
+            advantages = make_advantages(self, rewards, e)  # (batch,)
+            stats = self.update(rollouts, advantages.to(self.device), e)
         watch.lap("update")
         self.next_episode += 1
         scores = reward_statistics(self, rewards, advantages)
@@ -71,11 +76,28 @@ class Loop:
                     log.add(piece.weight, loss.total, loss.stats | piece.stats)
             gradients.all_reduce()
             norms = gradients.clip(self.config.max_grad_norm)
-            check_norms(norms, e)
-            self.optimiser.step()
             latest = log.means() | norms
             stats = latest | stats  # those of the first epoch stay: its weights are those that spoke
+            if why := unfit_update(latest):
+                return stats | self.skip(why)
+            self.optimiser.step()
+            self.skipped = 0
         return stats | {name: latest[name] for name in latest if name.startswith("ratio/")}
+
+    def skip(self, why) -> dict:
+        """Count an episode that brings no update, and say so; its statistics.
+        Stops all processes after too many in a row."""
+        self.skipped += 1
+        words = f"episode {self.next_episode} brings no update: {why}"
+        if self.skipped >= self.config.max_skipped:
+            abort_all(
+                f"{words}; {counted(self.skipped, 'episode')} in a row: the last state has the weights that "
+                "spoke, from which --resume goes on once the reward is mended, or with a lower "
+                "--learning-rate or --beta."
+            )
+        if rank() == 0:
+            print(words, file=sys.stderr, flush=True)
+        return {"skipped": 1.0}
 
     def slices(self, batch, e, epoch, log):
         "Yields what the objective is called with: denoising losses, then each trajectory's trained steps."
@@ -112,6 +134,7 @@ class Finetuner(Loop):
                 "give a corpus or say --denoising-source sample."
             )
         self.buffer, self.next_episode = self.objective.new_buffer(), 0
+        self.skipped = 0  # episodes in a row without an update
 
     def distances(self, rollouts, e) -> dict:
         """What is logged for every method: the KL to the reference, and the denoising loss on recordings
@@ -290,13 +313,17 @@ def reward_statistics(tuner, rewards, advantages) -> dict:
     return {"reward/mean": float(rewards.mean()), **spread, **parts}
 
 
-def check_norms(norms, e):
-    "Stop all processes if the gradient is not finite."
-    if not math.isfinite(norms["grad_norm"]):
-        abort_all(
-            f"the gradient of episode {e} is not finite; lower --learning-rate or --beta and --resume "
-            "from the last checkpoint."
-        )
+def unfit_update(stats) -> str:
+    "Why an update whose statistics these are must not be made; empty if loss and gradient are finite."
+    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+        return ""
+    parts = {
+        "loss": "loss",
+        "grad_norm/policy": "gradient of the policy",
+        "grad_norm/penalty": "of the penalty",
+    }
+    numbers = ", ".join(f"{words} {stats[name]:.3g}" for name, words in parts.items())
+    return f"its loss or gradient is not finite ({numbers})"
 
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
@@ -340,5 +367,5 @@ def finetune(tuner, on_episode=None, progress=True):
             metrics = tuner.episode()
             if on_episode is not None:
                 on_episode(metrics)
-            bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics['kl']:.1e}")
+            bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics.get('kl', math.nan):.1e}")
             bar.update()

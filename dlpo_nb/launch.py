@@ -11,6 +11,7 @@ __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'T
 # %% ../nbs/54_launch.ipynb #da332b6f
 import contextlib
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
 from .ceilings import ceilings, heard_as
 from .checkpoints import heldout_reward, keep_best, load_last, save_last
+from .collapse import CollapseWatch, collapse_signs
 from .core import RunDir, UserError, asset, counted, run_main, split_lines
 from .cost import dry_run
 from .diagnostics import drift
@@ -162,6 +164,11 @@ def metadata(config):
 def train(tuner, run, config, watched=()):
     "Run the episodes, writing metrics and state after each; run: None in the processes that do not write."
     board = open_board(run.path / "tensorboard", tuner.next_episode) if run else None
+    watch = (
+        CollapseWatch(run.metrics() if tuner.next_episode else (), config.on_collapse == "stop")
+        if run
+        else None
+    )
 
     def on_episode(metrics):
         if watched and tuner.next_episode % config.watch_every == 0:
@@ -170,12 +177,13 @@ def train(tuner, run, config, watched=()):
 
     def write(metrics):
         run.append_metrics(metrics)
-        if "reward/heldout" in metrics and as_reward(tuner.reward).settled:
+        if math.isfinite(metrics.get("reward/heldout", math.nan)) and as_reward(tuner.reward).settled:
             keep_best(tuner, run.path / "checkpoints", metrics["reward/heldout"], metadata(config))
         save_last(tuner, run.path / "checkpoints")
         with contextlib.suppress(OSError):  # curves are a comfort; what a full disk must not take is above
             for name, value in metrics.items() if board else ():
                 board.add_scalar(name, value, metrics["episode"])
+        watch(metrics)
 
     try:
         finetune(tuner, on_episode)
@@ -228,7 +236,8 @@ def evaluate_run(run, audio, texts, judges, sample_rate) -> dict:
 def finish(tuner, run, config, heldout, audio, reward):
     "Evaluate what base and tuned model say; write summary, table and report of a run after its episodes."
     minutes = sum(m["seconds"] for m in run.metrics()) / 60
-    summary = {**metadata(config), "minutes": minutes, "heldout_texts": len(heldout)}
+    signs = list(collapse_signs(run.metrics()).values())
+    summary = {**metadata(config), "minutes": minutes, "heldout_texts": len(heldout), "collapse": signs}
     if heldout:
         judges, rate = evaluation_judges(config, reward), tuner.model.sample_rate
         summary["evaluation"] = evaluate_run(run, audio, heldout, judges, rate)
@@ -237,6 +246,8 @@ def finish(tuner, run, config, heldout, audio, reward):
     run.write_json("summary.json", summary)
     if heldout:
         print(format_table(summary))
+    if signs:
+        print(f"the model may have collapsed: {'; '.join(signs)}")
     print(f"run directory: {run.path}\nreport:        {write_report(run.path)}")
 
 # %% ../nbs/54_launch.ipynb #5737280b

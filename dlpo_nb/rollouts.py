@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['text_indices', 'texts_of_episode', 'micro_batches', 'collect', 'rows_of', 'current_conditioning', 'score_audio',
-           'make_advantages', 'rollout_statistics']
+           'unfit_rewards', 'make_advantages', 'levels_of', 'rollout_statistics']
 
 # %% ../nbs/39d_rollouts.ipynb #08e7a292
 import torch
 
+from .audio import noise_floor_db, rms_db
 from .core import keyed_generator
-from .distributed import abort_all, all_gather, gather_rows, shard, world_size
+from .distributed import all_gather, gather_rows, shard, world_size
 from .mdp import Trajectory, draw_steps, rollout
 from .objectives import advantages
 from .policy import Conditioning
@@ -83,7 +84,8 @@ def current_conditioning(tuner, t: Trajectory) -> Conditioning:  # of its B text
 
 # %% ../nbs/39d_rollouts.ipynb #993e75e1
 def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) float32
-    "Rewards of the whole batch in its order: of what `collect` gave to the queue, or scored here."
+    """Rewards of the whole batch in its order: of what `collect` gave to the queue, or scored here.
+    One that could not be had is NaN."""
     if queue is None:
         with ScoringQueue(tuner.reward) as queue:
             for t in trajectories:
@@ -91,16 +93,18 @@ def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) fl
             return score_audio(tuner, trajectories, queue)
     scores_and_failures = torch.cat([x.float() for x in queue.collect_parts()], 1)
     parts, failed = gather_rows(rows_of(trajectories), scores_and_failures).chunk(2, 1)
-    rewards = as_reward(tuner.reward).combine(parts, failed.bool())
-    if not rewards.isfinite().all():
-        row = int((~rewards.isfinite()).nonzero()[0])
-        spoken = {r: text for t in trajectories for r, text in zip(t.rows, t.texts)}
-        (text,) = [texts[row] for texts in all_gather(spoken) if row in texts]
-        abort_all(
-            f"the reward of '{text}' is not finite; look at the last samples, lower --learning-rate, "
-            "or mend the reward."
-        )
-    return rewards
+    return as_reward(tuner.reward).combine(parts, failed.bool())
+
+
+def unfit_rewards(trajectories, rewards, failures=()) -> str:
+    "Why nothing can be learnt from rewards (batch,) that are not all finite; empty if they are."
+    if rewards.isfinite().all():
+        return ""
+    row, rows = int((~rewards.isfinite()).nonzero()[0]), rows_of(trajectories)
+    texts = [text for t in trajectories for text in t.texts]
+    reasons = {rows[failure.index]: f" ({failure.reason})" for failure in failures}
+    spoken = {r: f"'{text}' is not finite{reasons.get(r, '')}" for r, text in zip(rows, texts)}
+    return "the reward of " + next(said[row] for said in all_gather(spoken) if row in said)
 
 
 def make_advantages(tuner, rewards, e) -> torch.Tensor:  # (batch,) -> (batch,)
@@ -117,18 +121,28 @@ def make_advantages(tuner, rewards, e) -> torch.Tensor:  # (batch,) -> (batch,)
         weights = o.misdeal(weights, order)
     return weights
 
+# %% ../nbs/39d_rollouts.ipynb #61afdd56
+def levels_of(trajectories, sample_rate) -> tuple:
+    "Sums over the utterances of their levels and of their noise floors, in dB of full scale."
+    pairs = ((t.audio.cpu(), t.audio_lengths.tolist()) for t in trajectories)
+    clips = [clip[:n] for audio, lengths in pairs for clip, n in zip(audio, lengths)]
+    return sum(map(rms_db, clips)), sum(noise_floor_db(clip, sample_rate) for clip in clips)
+
 
 def rollout_statistics(tuner, trajectories, queue) -> dict:
     "What the log says of the rollouts of all processes."
     failures = len({failure.index for failure in queue.last_failures})
     samples = sum(float(t.audio_lengths.sum()) for t in trajectories)
     clipped = sum(t.x0_clipped_share * len(t.indices) for t in trajectories)
-    sums = map(sum, zip(*all_gather((failures, queue.seconds, samples, clipped))))
-    failures, scoring, samples, clipped = sums
+    levels = levels_of(trajectories, tuner.model.sample_rate)
+    sums = map(sum, zip(*all_gather((failures, queue.seconds, samples, clipped, *levels))))
+    failures, scoring, samples, clipped, level, floor = sums
     c = tuner.config
     return {
         "reward/failed": failures,
         "x0/clipped": clipped * c.group_size / c.batch_size,
         "seconds/scoring": scoring / world_size(),
         "audio_seconds": samples / tuner.model.sample_rate,
+        "audio/rms_db": level / c.batch_size,
+        "audio/noise_floor_db": floor / c.batch_size,
     }

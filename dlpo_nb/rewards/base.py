@@ -113,6 +113,7 @@ class Summand:
         return scores[:, None], failed
 
     settled = True  # whether the same parts will give the same score from now on
+    part_count = 1  # P, columns of `parts`
 
     def combine(self, parts, failed):
         """One score (B,) per utterance, of its `parts`; what a reward remembers from batch to batch enters
