@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loop', 'Finetuner', 'Batch', 'Slice', 'policy_slice', 'reward_slice', 'replayed_reward', 'denoising_slices',
            'anchor_of', 'in_reward_penalty', 'choose_trained', 'autocast', 'Stopwatch', 'reward_statistics',
-           'unfit_update', 'save_state', 'load_state', 'finetune']
+           'save_state', 'load_state', 'finetune', 'unfit_update', 'skip_update']
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
@@ -54,7 +54,7 @@ class Loop:
             rewards = score_audio(self, rollouts, queue)  # (batch,)
         watch.lap("reward")
         if why := unfit_rewards(rollouts, rewards, queue.last_failures):
-            advantages, stats = rewards * math.nan, self.skip(why)
+            advantages, stats = rewards * math.nan, skip_update(self, why)
         else:
             advantages = make_advantages(self, rewards, e)  # (batch,)
             stats = self.update(rollouts, advantages.to(self.device), e)
@@ -79,25 +79,10 @@ class Loop:
             latest = log.means() | norms
             stats = latest | stats  # those of the first epoch stay: its weights are those that spoke
             if why := unfit_update(latest):
-                return stats | self.skip(why)
+                return stats | skip_update(self, why)
             self.optimiser.step()
             self.skipped = 0
         return stats | {name: latest[name] for name in latest if name.startswith("ratio/")}
-
-    def skip(self, why) -> dict:
-        """Count an episode that brings no update, and say so; its statistics.
-        Stops all processes after too many in a row."""
-        self.skipped += 1
-        words = f"episode {self.next_episode} brings no update: {why}"
-        if self.skipped >= self.config.max_skipped:
-            abort_all(
-                f"{words}; {counted(self.skipped, 'episode')} in a row: the last state has the weights that "
-                "spoke, from which --resume goes on once the reward is mended, or with a lower "
-                "--learning-rate or --beta."
-            )
-        if rank() == 0:
-            print(words, file=sys.stderr, flush=True)
-        return {"skipped": 1.0}
 
     def slices(self, batch, e, epoch, log):
         "Yields what the objective is called with: denoising losses, then each trajectory's trained steps."
@@ -312,19 +297,6 @@ def reward_statistics(tuner, rewards, advantages) -> dict:
     }
     return {"reward/mean": float(rewards.mean()), **spread, **parts}
 
-
-def unfit_update(stats) -> str:
-    "Why an update whose statistics these are must not be made; empty if loss and gradient are finite."
-    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
-        return ""
-    parts = {
-        "loss": "loss",
-        "grad_norm/policy": "gradient of the policy",
-        "grad_norm/penalty": "of the penalty",
-    }
-    numbers = ", ".join(f"{words} {stats[name]:.3g}" for name, words in parts.items())
-    return f"its loss or gradient is not finite ({numbers})"
-
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
     "Write the state of a run, whole or not at all."
@@ -369,3 +341,32 @@ def finetune(tuner, on_episode=None, progress=True):
                 on_episode(metrics)
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics.get('kl', math.nan):.1e}")
             bar.update()
+
+# %% ../nbs/40_finetune.ipynb #da990032
+def unfit_update(stats) -> str:
+    "Why an update whose statistics these are must not be made; empty if loss and gradient are finite."
+    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+        return ""
+    parts = {
+        "loss": "loss",
+        "grad_norm/policy": "gradient of the policy",
+        "grad_norm/penalty": "of the penalty",
+    }
+    numbers = ", ".join(f"{words} {stats[name]:.3g}" for name, words in parts.items())
+    return f"its loss or gradient is not finite ({numbers})"
+
+
+def skip_update(tuner, why) -> dict:
+    """Count an episode that brings no update, and say so; its statistics.
+    Stops all processes after too many in a row."""
+    tuner.skipped += 1
+    words = f"episode {tuner.next_episode} brings no update: {why}"
+    if tuner.skipped >= tuner.config.max_skipped:
+        abort_all(
+            f"{words}; {counted(tuner.skipped, 'episode')} in a row: the last state has the weights that "
+            "spoke, from which --resume goes on once the reward is mended, or with a lower --learning-rate "
+            "or --beta."
+        )
+    if rank() == 0:
+        print(words, file=sys.stderr, flush=True)
+    return {"skipped": 1.0}

@@ -113,7 +113,11 @@ class Summand:
         return scores[:, None], failed
 
     settled = True  # whether the same parts will give the same score from now on
-    part_count = 1  # P, columns of `parts`
+
+    @property
+    def part_count(self):
+        """P, columns of `parts`: the rewards of a sum, or itself."""
+        return len(getattr(self, "rewards", (self,)))
 
     def combine(self, parts, failed):
         """One score (B,) per utterance, of its `parts`; what a reward remembers from batch to batch enters

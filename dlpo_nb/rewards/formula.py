@@ -155,11 +155,6 @@ class CombinedReward(WeightedParts):
         return sum(reward.failures for reward in self.rewards.values())
 
     @property
-    def part_count(self):
-        """Columns of `parts`."""
-        return len(self.rewards)
-
-    @property
     def settled(self):
         """Whether the statistics of all parts are complete."""
         return all(moments.count >= self.warmup for moments in self.moments.values())
