@@ -27,8 +27,10 @@ class Limit(NamedTuple):
 
 LIMITS = {
     "audio/rms_db": Limit("the level of the rollouts has moved by {:+.1f} dB", -6.0, 6.0),
-    "audio/noise_floor_db": Limit("their noise floor has moved by {:+.1f} dB", -math.inf, 5.0),
-    "audio_seconds": Limit("their duration has changed by a factor of {:.2f}", 1 / 1.4, 1.4, "factor"),
+    "audio/noise_floor_db": Limit("the noise floor of the rollouts has moved by {:+.1f} dB", -math.inf, 5.0),
+    "audio_seconds": Limit(
+        "the duration of the rollouts has changed by a factor of {:.2f}", 1 / 1.4, 1.4, "factor"
+    ),
     "diffusion_loss": Limit("the denoising loss has changed by a factor of {:.2f}", 0.0, 1.4, "factor"),
     "kl": Limit("the KL to the base is {:.2g}", -math.inf, 0.1, "value"),
 }
