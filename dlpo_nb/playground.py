@@ -126,6 +126,7 @@ def score_table(chains, text, judges) -> str:
 
 # %% ../nbs/57_playground.ipynb #9c2bc66b
 BASES = {"the packaged voice (Grad-TTS)": "gradtts_small", "the packaged WaveGrad 2": "tiny_base"}
+PARTS = ("play-status", "play-sounds", "play-states", "play-scores")  # classes of what is shown
 
 
 def _wide(kind, label, **options):
@@ -216,6 +217,3 @@ class Playground(widgets.VBox):
             self.judges, self.notes = find_judges(self.names, config)
         notes = "<br>".join(map(html.escape, self.notes))
         return f"{score_table(self.chains, config.text, self.judges)}<small>{notes}</small>"
-
-
-PARTS = ("play-status", "play-sounds", "play-states", "play-scores")  # classes of what is shown
