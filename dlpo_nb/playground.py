@@ -96,7 +96,7 @@ def unfinished(chain: Chain, done: int) -> tuple:
 
 
 def in_a_row(players) -> str:
-    "HTML of titles and clips: players with spectrograms beside each other, below each other where it is narrow."
+    "HTML of titles and clips: players with spectrograms in a row, or below each other where it is narrow."
     boxes = (
         f'<div style="flex: 0 1 auto; min-width: 0; overflow-x: auto">'
         f"{player_html(clip.audio, title, clip.sample_rate)}</div>"
@@ -109,7 +109,7 @@ JUDGES = ("distillmos", "dnsmos", "nisqa", "wer")
 
 
 def score_table(chains, text, judges) -> str:
-    "HTML: what judges {name: reward} and measurements say of each finished chain; a dash where there is none."
+    "HTML: what judges {name: reward} and measurements say of each finished chain; a dash: nothing."
     columns = {}
     for chain in chains:
         clip = chain.heard(chain.length)
