@@ -21,6 +21,7 @@ from .objectives import OBJECTIVES, get_objective
 from .objectives.base import check_fields, options_of
 from .objectives.dlpo import DLPO
 from .plugins import flag_values
+from .precision import PRECISIONS
 
 # %% ../nbs/39a_config.ipynb #021941bf
 @dataclass
@@ -64,8 +65,10 @@ class FinetuneSettings:
     # 0: train the weights themselves
     lora_rank: int = 0
     lora_alpha: float = 8.0  # scale of that change, divided by the rank
-    # of the network in rollouts and updates, bfloat16 by autocast; log-probabilities are float64 either way
-    precision: Literal["float32", "bfloat16"] = "float32"
+    # of the network in rollouts and updates: float32 with all its digits, tf32 where a GPU has it, or
+    # bfloat16 by autocast; log-probabilities are float64 either way
+    precision: PRECISIONS = "float32"
+    deterministic: bool = False  # the same bits each time on a GPU, too; slower
     seed: int = 0  # of texts, noise and shuffling
     # seconds in which the reward has to answer, per micro-batch; else it has failed, as when it raises
     reward_patience: float = 600.0

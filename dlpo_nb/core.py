@@ -235,6 +235,10 @@ def environment():
     # an installed copy may lie inside somebody else's repository
     ours = top is not None and Path(top).resolve() == PACKAGE.parent.resolve()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    there = dict(  # what decides bits on a GPU only
+        tf32=torch.backends.cudnn.allow_tf32,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     try:
         version = importlib.metadata.version("dlpo_nb")
     except importlib.metadata.PackageNotFoundError:
@@ -250,6 +254,7 @@ def environment():
         threads=torch.get_num_threads(),
         cuda=torch.version.cuda,
         gpus=gpus,
+        **(there if gpus else {}),
         git_commit=_git("rev-parse", "HEAD") if ours else None,
         git_changed=bool(_git("status", "--porcelain")) if ours else None,
     )

@@ -38,6 +38,7 @@ from .heldout import speaker_log_mels, synthesise_all, write_rows
 from .inputs import banner, check_given, load_all_texts, load_base, load_recordings, load_reward
 from .locks import lock_folder, unlock_folders
 from .lora import merged
+from .precision import compute_in
 from .figures import beyond_lines, control_difference, read_run
 from .report import write_comparison, write_report
 from .rewards.base import as_reward
@@ -287,6 +288,7 @@ def launch(preset, config):
 
 def run_job(preset, config):
     "One job, without its control."
+    compute_in(config.precision, config.deterministic)
     device = join(config.device)
     config.check()  # now that it is known how many processes there are
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (config.out or config.dry_run):

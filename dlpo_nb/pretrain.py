@@ -37,6 +37,7 @@ from dlpo_nb.distributed import (
 )  # fmt: skip
 from .optimisers import ema_decay, learning_rate_factor, released_factor, update_ema
 from .policy import draw_noise
+from .precision import compute_in
 from .pretrain_settings import UNRECORDED, MAY_CHANGE, parse
 from .rewards.dnsmos import DNSMOS, network_path
 from .rewards.nisqa import NISQA, find_nisqa_weights
@@ -330,6 +331,7 @@ def pretrain(config, progress=True):
     "Trains a base as `config` says; its weights are then in OUT/base.safetensors. Returns the Pretraining."
     if config.threads:
         torch.set_num_threads(config.threads)
+    compute_in(config.precision, config.deterministic)
     try:
         run = prepare(config)
         fit(run, progress=progress)

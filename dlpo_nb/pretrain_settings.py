@@ -17,6 +17,7 @@ import tyro
 
 from .core import UserError, in_force
 from .plugins import flag_values, load_plugins, run_plugins
+from .precision import PRECISIONS
 from .recipes import DEFAULTS, recipe_for
 
 # %% ../nbs/45_pretrain_settings.ipynb #d6686720
@@ -45,8 +46,10 @@ class PretrainConfig:
     warmup_steps: int = 300  # steps until the learning rate is at its peak
     final_lr: float = 0.02  # learning rate at the end, as a share of the peak
     clip: float = 1.0  # gradient norm above which gradients are scaled down
-    # what layers compute in; weights and losses are float32
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    # what layers compute in: bfloat16, float32 with all its digits, or tf32 where a GPU has it; weights and
+    # losses are float32
+    precision: PRECISIONS = "bfloat16"
+    deterministic: bool = False  # the same bits each time on a GPU, too; slower
     # train as the released code does, its faults included; sets its batch, window, optimiser, ... where
     # no flag does
     reference: bool = False
@@ -86,7 +89,7 @@ REFERENCE = dict(
 )
 # what a resumed run may change, with a note of the step, and what it may change without one, since it
 # decides no number; the corpora are compared by content
-MAY_CHANGE = ("steps", "minutes", "sample_every", "score")
+MAY_CHANGE = ("steps", "minutes", "sample_every", "score", "deterministic")
 UNRECORDED = (
     "corpus", "also", "validation", "out", "workers", "device", "slice_minutes", "resume", "save_every",
     "nisqa_weights", "threads", "plugin", "nproc_per_node", "nnodes", "rdzv_endpoint", "max_restarts",

@@ -1,5 +1,7 @@
 """Half precision as a GPU computes it, imitated on a CPU: who asks for which type, and who must not care."""
 
+import os
+
 import pytest
 import torch
 from small_gradtts import make_gradtts
@@ -8,11 +10,12 @@ from torch.nn import functional as F
 from toy_mel import make_toy_mel
 
 from dlpo_nb import checkpoints, diagnostics
+from dlpo_nb.core import environment
 from dlpo_nb.finetune import load_state, save_state
 from dlpo_nb.launch import speak_heldout
 from dlpo_nb.lora import LowRank
 from dlpo_nb.policy import Policy
-from dlpo_nb.precision import without_autocast
+from dlpo_nb.precision import compute_in, without_autocast
 from dlpo_nb.text import pad_ids
 from dlpo_nb.wavegrad2 import decoder
 
@@ -134,3 +137,39 @@ def test_step_counts_of_a_resumed_optimiser_stay_on_the_cpu(tmp_path):
     counts = [state["step"] for state in second.optimiser.state.values()]
     assert counts and all(count.device.type == "cpu" and count == 1 for count in counts)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters, second.parameters))
+
+
+@pytest.fixture
+def restored():
+    "What is set for the whole process is as it was before, after the test."
+    yield
+    compute_in("float32")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def test_float32_means_float32(restored):
+    for precision in ("tf32", "float32", "bfloat16"):
+        compute_in(precision)
+        flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        assert flags == (precision == "tf32",) * 2
+    compute_in(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    compute_in()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_environment_says_how_a_gpu_computes(restored, monkeypatch):
+    assert "tf32" not in environment(), "it decides nothing on a CPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "pretended")
+    compute_in("float32", deterministic=True)
+    there = environment()
+    assert there["tf32"] is False and there["deterministic"] is True
+
+
+def test_stretching_back_is_the_gradient_of_stretching():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 1, 7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, 1, 14, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad(decoder.stretch(x, 2), x, grad)
+    assert torch.allclose(decoder.stretch_backward(grad, x.detach(), 2), wanted, atol=1e-12)
