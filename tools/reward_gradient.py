@@ -3,9 +3,10 @@
 The preset's base and reward on short train prompts. On the same rollouts: the gradient through all steps of
 the chain (the truth, up to its noise), through the last one (DRaFT-1), and the policy gradient's estimate of
 all actions; how they lie to each other, see nbs/43_diagnostics. Heard through the voice's own vocoder, whose
-slope is exact, unless --vocoder says otherwise. Writes results/gradtts_small/reward_gradient.json, or --out.
+slope holds the pitch, unless --vocoder says otherwise; of WaveGrad 2 the truth is exact. Writes
+results/gradtts_small/reward_gradient.json, or --out.
 
-    python tools/reward_gradient.py tiny --texts 12 --group-size 4 --reward distillmos
+    python tools/reward_gradient.py tiny --texts 32 --group-size 4 --reward dnsmos
 """
 
 import argparse
