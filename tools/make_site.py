@@ -25,7 +25,8 @@ from nbconvert.filters import markdown2html
 from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = ("docs/recipes.md", "docs/state.md", "docs/wavegrad2.md")
+DOCUMENTS = ("README.md", *PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "LICENSES.md")
 PARTS = {  # first number of a notebook: the part that begins with it
     "00": "The ground: runs, sound, text, speech", "04": "Diffusion, and what a voice promises",
     "05": "WaveGrad 2", "10": "Denoising as decisions", "11": "Grad-TTS", "20": "Rewards", "30": "Methods",
