@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REGISTRIES', 'PACKAGE', 'CACHES', 'UserError', 'counted', 'run_main', 'Registry', 'set_seed', 'keyed_generator',
-           'pick_device', 'asset', 'base_path', 'checkout', 'provide_home', 'environment', 'atomic_write',
-           'save_tensors', 'plain', 'split_lines', 'read_jsonl', 'append_jsonl', 'RunDir', 'in_force', 'record_changes',
-           'fingerprint']
+           'pick_device', 'usable_cores', 'asset', 'base_path', 'checkout', 'provide_home', 'environment',
+           'atomic_write', 'save_tensors', 'plain', 'split_lines', 'read_jsonl', 'append_jsonl', 'RunDir', 'in_force',
+           'record_changes', 'fingerprint']
 
 # %% ../nbs/00_core.ipynb #80ff5065
 import difflib
@@ -139,6 +139,11 @@ def pick_device(name="auto"):
             "use --device cpu or a lower number"
         )
     return device
+
+
+def usable_cores() -> int:
+    "How many cores this process may use: those of its job, where the machine has more."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 PACKAGE = Path(importlib.util.find_spec("dlpo_nb").submodule_search_locations[0])

@@ -201,7 +201,7 @@ def machine() -> list[str]:
     commit = f", commit {now['git_commit'][:9]}" if now["git_commit"] else ""
     changed = " with changes" if now["git_changed"] else ""
     gpus = ", ".join(now["gpus"]) or "no GPU"
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else now["cpu_count"]
+    allowed = need("dlpo_nb.core").usable_cores()
     threads, variable = (
         need("dlpo_nb.core").counted(now["threads"], "thread"),
         os.environ.get("OMP_NUM_THREADS"),

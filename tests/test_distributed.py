@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from dlpo_nb import distributed
 from dlpo_nb.core import UserError
 from dlpo_nb.objectives import OBJECTIVES
+from dlpo_nb.settings import parse
 
 HERE = Path(__file__).resolve().parent
 FLAGS = [
@@ -221,6 +223,81 @@ def test_no_thread_of_gloo_is_left_behind(flags, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others():
+    done = subprocess.run(
+        distributed.torchrun_command(HERE / "failing_alone.py"), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode and "OutOfMemoryError: out of memory" in done.stderr, done.stderr
+
+
+def test_gpus_wait_for_minutes_and_processors_for_hours(monkeypatch):
+    """NCCL has a group of its own, for what lies on GPUs."""
+    asked = []
+
+    def group(name):
+        return lambda *place, **named: asked.append((name, place, named)) or name
+
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(distributed, "BOARD", [])
+    monkeypatch.setattr(distributed, "GPUS", [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        torch.distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)])
+    )
+    monkeypatch.setattr(torch.distributed, "init_process_group", group("all"))
+    monkeypatch.setattr(torch.distributed, "new_group", group("gpus"))
+    assert distributed.join() == torch.device("cuda", 0) and distributed.GPUS == ["gpus"]
+    (_, (backend,), waiting), (_, _, adding) = asked
+    assert backend == "gloo" and waiting["timeout"].total_seconds() == 12 * 3600
+    assert adding["backend"] == "nccl" and adding["timeout"].total_seconds() == 15 * 60
+
+
+def test_threads_are_shared_by_the_cores_of_the_job(monkeypatch):
+    from torch.distributed import run
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("DLPO_STARTED", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(run, "main", lambda argv: None)
+    config = SimpleNamespace(threads=0, nproc_per_node=2, nnodes=1, max_restarts=0)
+    distributed.start_processes("dlpo_nb.launch", config, [])
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def slurm(tmp_path, *flags, **variables):
+    """What tools/gpu/slurm.sh has srun start, and with which options, on two nodes of 8 GPUs."""
+    for name, line in {"srun": 'echo "$@"', "scontrol": "echo node7; echo node8"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job = dict(
+        SLURM_JOB_ID="41234", SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_GPUS_ON_NODE="8"
+    )
+    done = subprocess.run(
+        [HERE.parent / "tools" / "gpu" / "slurm.sh", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"} | variables,
+    )
+    return done.returncode, done.stdout.split(), done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_slurm_starts_one_launcher_on_each_node(tmp_path):
+    code, said, _ = slurm(tmp_path, "paper", "--out", "runs/p")
+    assert code == 0 and said[:5] == ["--ntasks-per-node=1", "python", "-m", "dlpo_nb.launch", "paper"]
+    preset, config = parse(said[4:])
+    assert (preset, config.nnodes, config.nproc_per_node) == ("paper", 2, 8)
+    assert config.rdzv_endpoint == "node7:21234" and not config.resume
+    assert "--resume" in slurm(tmp_path, "paper", "--out", "runs/p", SLURM_RESTART_COUNT="1")[1]
+    code, _, said = slurm(tmp_path, "paper", SLURM_JOB_ID="")
+    assert code == 2 and "sbatch --nodes 2" in said
 
 
 def test_one_sentence_from_many_processes(tmp_path):
