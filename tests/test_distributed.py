@@ -174,8 +174,9 @@ def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
 
 def test_what_cannot_go_on_is_not_tried_again(tmp_path):
     job = launch(
-        "--episodes", 2, "--learning-rate", 1e30, "--out", tmp_path / "run", "--max-restarts", 3, *FLAGS
-    )
+        "--episodes", 2, "--learning-rate", 1e30, "--max-skipped", 1, "--out", tmp_path / "run",
+        "--max-restarts", 3, *FLAGS,
+    )  # fmt: skip
     _, said = job.communicate(timeout=300)
     assert job.returncode == 2 and said.count("error:") == 1, said
 
