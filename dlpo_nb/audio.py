@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'FRAME', 'SILENCE', 'SHORTEST_SOUND', 'FAR_OUT', 'import_torchaudio', 'rms_db', 'noise_floor_db',
            'SoundWarning', 'frame_levels', 'is_silent', 'beyond_full_scale', 'sound_faults', 'resample', 'read_audio',
-           'write_audio', 'log_mel', 'log_mel_distance', 'mp3_bytes', 'spectrogram_png', 'player_html', 'play']
+           'write_audio', 'log_mel', 'log_mel_distance', 'mp3_bytes', 'spectrogram_png', 'player_html', 'play',
+           'play_row']
 
 # %% ../nbs/01_audio.ipynb #4a5a3f56
 import base64
@@ -297,3 +298,40 @@ def play(audio, title="", sample_rate=SAMPLE_RATE):
 
     display(HTML(player_html(audio, title, sample_rate, picture=False)))
     display(Image(spectrogram_png(audio, sample_rate)))
+
+# %% ../nbs/01_audio.ipynb #4fa25da6
+def play_row(
+    sounds: dict,  # {title: audio (N,), or the path of a file}; a file that is not there is left out
+    sample_rate=SAMPLE_RATE,
+):
+    "Players in one row, and their spectrograms below in one picture with axes, which shows without trust."
+    import matplotlib.pyplot as plt
+    from IPython.display import HTML, Image, display
+    from PIL import Image as Picture
+
+    sounds = {
+        title: sound if torch.is_tensor(sound) else read_audio(sound, sample_rate, resample=True)
+        for title, sound in sounds.items()
+        if torch.is_tensor(sound) or Path(sound).is_file()
+    }
+    if not sounds:
+        return print("no recording is there: this part plays nothing")
+    players = "".join(player_html(s, title, sample_rate, picture=False) for title, s in sounds.items())
+    display(HTML(f'<div style="display:flex;flex-wrap:wrap">{players}</div>'))
+    fig, axes = plt.subplots(
+        1, len(sounds), figsize=(9, 2.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    nearest = dict(origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+    for ax, (title, sound) in zip(axes[0], sounds.items()):
+        mel = log_mel(sound.detach().cpu(), sample_rate)[0].numpy()
+        extent = (0, len(sound) / sample_rate, 0, len(mel))
+        top = float(mel.max())
+        # 80 dB below the loudest band is black
+        ax.imshow(mel, **nearest, vmin=top - 4, vmax=top, extent=extent)
+        ax.set(title=title, xlabel="seconds")
+    axes[0, 0].set_ylabel("mel band")
+    file, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(file, dpi=100)
+    plt.close(fig)
+    Picture.open(file).convert("RGB").quantize(48).save(small, "PNG")  # a quarter of the size
+    display(Image(small.getvalue()))

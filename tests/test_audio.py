@@ -22,6 +22,7 @@ from dlpo_nb.audio import (
     log_mel_distance,
     mp3_bytes,
     noise_floor_db,
+    play_row,
     player_html,
     read_audio,
     resample,
@@ -194,6 +195,18 @@ def test_player_holds_sound_and_picture():
     assert sound == mp3_bytes(audio) and picture == spectrogram_png(audio) and picture.startswith(b"\x89PNG")
     assert "<hi>" not in text and "http" not in text
     assert "image/png" not in player_html(audio, picture=False)
+
+
+def test_a_row_of_players_leaves_out_what_is_not_there(tmp_path, monkeypatch, capsys):
+    shown, audio = [], 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    write_audio(tmp_path / "b.wav", audio, 16000)
+    play_row({"a": audio, "<b>": tmp_path / "b.wav", "gone": tmp_path / "gone.wav"})
+    players, picture = shown
+    assert players.data.count("<audio") == 2 and "&lt;b&gt;" in players.data and "gone" not in players.data
+    assert picture.data.startswith(b"\x89PNG") and len(picture.data) < 40e3
+    play_row({"gone": tmp_path / "gone.wav"})
+    assert len(shown) == 2 and "nothing" in capsys.readouterr().out
 
 
 # faults that a score does not show

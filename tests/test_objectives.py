@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cache
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -45,7 +46,7 @@ from dlpo_nb.config import FinetuneConfig
 from dlpo_nb.denoising import denoising_losses, recorded_batch, windowed_errors, windowed_loss
 from dlpo_nb.diagnostics import alignment, drift, reward_gradients
 from dlpo_nb.finetune import load_state, save_state
-from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices
+from dlpo_nb.gaussian_chain import GaussianChain, chain_gradient, chain_slices, pull_and_hold
 from dlpo_nb.mdp import draw_steps, keyed_noise, last_steps, replay, rollout, step_weights
 from dlpo_nb.objectives import OBJECTIVES, Replay, TextBuffer, advantages
 from dlpo_nb.objectives import get_objective as build
@@ -496,6 +497,23 @@ def test_gradient_of_the_brakes(schedule):
     (slope,) = torch.autograd.grad(path, theta, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), theta)
     assert slope.item() == 0 and curvature.item() == pytest.approx(2 * chain.kappa, abs=1e-9)
+
+
+def test_the_picture_of_pull_and_hold(monkeypatch):
+    """Its ways are plain gradient descent; its forces cross where the method rests."""
+    chain, pull, hold = GaussianChain(), -2.0, 5.0
+    monkeypatch.setattr(plt, "show", lambda: None)
+    pull_and_hold(chain, pull, {"held": hold, "free": 0}, rate=0.1, start=-0.1, updates=3)
+    forces, ways = plt.gcf().axes
+    lines = {line.get_label(): line.get_ydata() for line in ways.lines}
+    for label, stiffness in (("held", hold), ("free", 0)):
+        b = [-0.1]
+        for _ in range(3):
+            b.append(b[-1] - 0.1 * (stiffness * b[-1] - pull))
+        assert list(lines[label]) == pytest.approx([chain.mean(each) for each in b])
+    (rest,) = (line for line in forces.lines if line.get_marker() == "o")
+    assert rest.get_xdata()[0] == pytest.approx(chain.mean(pull / hold))
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", ["dpok", "klinr"])
