@@ -306,8 +306,7 @@ def play_row(
 ):
     "Players in one row, and their spectrograms below in one picture with axes, which shows without trust."
     import matplotlib.pyplot as plt
-    from IPython.display import HTML, Image, display
-    from PIL import Image as Picture
+    from IPython.display import HTML, display
 
     sounds = {
         title: sound if torch.is_tensor(sound) else read_audio(sound, sample_rate, resample=True)
@@ -319,7 +318,7 @@ def play_row(
     players = "".join(player_html(s, title, sample_rate, picture=False) for title, s in sounds.items())
     display(HTML(f'<div style="display:flex;flex-wrap:wrap">{players}</div>'))
     fig, axes = plt.subplots(
-        1, len(sounds), figsize=(9, 2.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(sounds), figsize=(9, 2.2), dpi=100, sharey=True, squeeze=False, layout="constrained"
     )
     nearest = dict(origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
     for ax, (title, sound) in zip(axes[0], sounds.items()):
@@ -330,8 +329,4 @@ def play_row(
         ax.imshow(mel, **nearest, vmin=top - 4, vmax=top, extent=extent)
         ax.set(title=title, xlabel="seconds")
     axes[0, 0].set_ylabel("mel band")
-    file, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(file, dpi=100)
-    plt.close(fig)
-    Picture.open(file).convert("RGB").quantize(48).save(small, "PNG")  # a quarter of the size
-    display(Image(small.getvalue()))
+    plt.show()
