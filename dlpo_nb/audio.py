@@ -308,11 +308,13 @@ def play_row(
     import matplotlib.pyplot as plt
     from IPython.display import HTML, display
 
-    sounds = {
-        title: sound if torch.is_tensor(sound) else read_audio(sound, sample_rate, resample=True)
-        for title, sound in sounds.items()
-        if torch.is_tensor(sound) or Path(sound).is_file()
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoundWarning)  # faults are there to be heard
+        sounds = {
+            title: sound if torch.is_tensor(sound) else read_audio(sound, sample_rate, resample=True)
+            for title, sound in sounds.items()
+            if torch.is_tensor(sound) or Path(sound).is_file()
+        }
     if not sounds:
         return print("no recording is there: this part plays nothing")
     players = "".join(player_html(s, title, sample_rate, picture=False) for title, s in sounds.items())
