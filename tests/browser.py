@@ -39,7 +39,7 @@ def running(command, log, **options):
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -52,7 +52,7 @@ def chromium(folder):
     command = [find_browser(), *FLAGS, *root, f"--user-data-dir={folder / 'profile'}", "about:blank"]
     with running(command, folder / "browser.log", env=os.environ | {"HOME": str(folder)}):
         port = folder / "profile" / "DevToolsActivePort"
-        number = wait_for(lambda: port.is_file() and port.read_text().split("\n")[0], "the browser")
+        number = wait_for(lambda: port.is_file() and port.read_text().split("\n")[0], "the browser", 60)
         yield lambda *args: Page(number, *args)
 
 
