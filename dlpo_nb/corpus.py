@@ -77,6 +77,9 @@ def _check_row(row, folder, sample_rate=SAMPLE_RATE):
             len(row["phones"]) == len(row["frames"]) > 0
             and min(row["frames"]) >= 0
             and HOP * sum(row["frames"]) == row["samples"] > 0
+            and isinstance(row["text"], str)
+            and isinstance(row["id"], str)
+            and not set(row["id"]) & set("/\\")  # it is the name of a file of the corpus
         )
         phones_to_ids(row["phones"])
     except (KeyError, TypeError):
@@ -164,6 +167,9 @@ def load_corpus(
         raise UserError(f"the corpus in {folder} is empty; make it with python -m dlpo_nb.data")
     for row in rows:
         _check_row(row, folder, sample_rate)
+    if len(names := {row["id"] for row in rows}) < len(rows):
+        twice = next(row["id"] for row in rows if row["id"] not in names or names.remove(row["id"]))
+        raise UserError(f"{folder}/manifest.jsonl has the id {twice} twice; make the corpus again")
     ends = list(itertools.accumulate(row["samples"] for row in rows))
     audio = np.empty(ends[-1], np.int16) if ends[-1] <= HELD else None
 

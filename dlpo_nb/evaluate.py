@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANUAL', 'EvaluateConfig', 'beyond_weights', 'sound_keys', 'speak', 'read_system', 'choose_texts', 'plugins_of',
-           'check_models', 'open_folder', 'measure_systems', 'leaderboard_axes', 'evaluation_text', 'draw_evaluation',
-           'summarise', 'write_evaluation', 'evaluate', 'main']
+           'check_models', 'open_folder', 'measure_systems', 'never_empty', 'leaderboard_axes', 'evaluation_text',
+           'draw_evaluation', 'summarise', 'write_evaluation', 'evaluate', 'main']
 
 # %% ../nbs/50_evaluate.ipynb #41f76fff
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from .heldout import synthesise_all, write_rows
 from .judges import find_judges
 from .judging import ScoreCache, judge_system, levelled_name, measures_of, pooled_rates
 from .plugins import content_of, load_plugins, run_plugins
+from .policy import symbols_of
 from dlpo_nb.statistics import (
     compare_systems,
     contradictions,
@@ -232,7 +234,7 @@ def check_models(systems, texts, source, steps) -> dict:  # {name: (NoiseSchedul
         policy = system.load()
         for number, text in enumerate(texts, 1):
             try:
-                policy.encode([text])
+                symbols_of(policy, text)
             except UserError as error:
                 raise UserError(f"line {number} of {source or 'the packaged texts'}: {error}") from error
         schedule = policy.training_schedule().respaced(*steps)
@@ -288,6 +290,18 @@ def measure_systems(
         first = f"{failures[0]['system']}, text 1: {failures[0]['reason']}"
         raise UserError(f"no utterance can be judged; the first: {first}")
     return rows, failures, notes
+
+
+@contextlib.contextmanager
+def never_empty(folder):
+    "Removes a folder of results (and the evaluations/ around it) in which nothing had come about at an error."
+    try:
+        yield
+    except BaseException:
+        for path in (folder, *[folder.parent] * (folder.parent == Path("evaluations"))):
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
 
 # %% ../nbs/50_evaluate.ipynb #b6c24d24
 def leaderboard_axes(evaluation):
@@ -386,7 +400,8 @@ def evaluate(config) -> dict:  # what evaluation.json holds
     systems, through = heard_through(systems, vocoder, bool(config.vocoder))
     voices = check_models(systems, texts, config.texts, steps)
     out = open_folder(config, systems)
-    rows, failures, remarks = measure_systems(config, systems, texts, judges, out, voices)
+    with never_empty(out):
+        rows, failures, remarks = measure_systems(config, systems, texts, judges, out, voices)
     evaluation = summarise(config, systems, rows, judges) | dict(failures=failures)
     heard = {name: heard for name, (_, _, heard) in voices.items()}
     evaluation["ceilings"] = ceilings_of(heard, judges, config)

@@ -18,6 +18,7 @@ from .corpus import load_corpus
 from .distributed import world_size
 from .judges import judge_options
 from .policies import load_policy
+from .policy import symbols_of
 from .rewards import get_reward
 from .rewards.formula import check_as_reward
 from .text import prompts, read_texts
@@ -66,7 +67,7 @@ def load_texts(policy, source, split, max_words=0, count=None):
         texts = read_texts(source)
     for number, text in enumerate(texts, 1):
         try:
-            policy.encode([text])
+            symbols_of(policy, text)
         except UserError as error:
             raise UserError(f"line {number} of {source}: {error}") from error
     short = [text for text in texts if len(text.split()) <= max_words] if max_words else texts
