@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANUAL', 'EvaluateConfig', 'beyond_weights', 'sound_keys', 'speak', 'read_system', 'choose_texts', 'plugins_of',
-           'check_models', 'open_folder', 'measure_systems', 'never_empty', 'leaderboard_axes', 'evaluation_text',
-           'draw_evaluation', 'summarise', 'write_evaluation', 'evaluate', 'main']
+           'check_models', 'open_folder', 'measure_systems', 'leaderboard_axes', 'evaluation_text', 'draw_evaluation',
+           'summarise', 'write_evaluation', 'never_empty', 'evaluate', 'main']
 
 # %% ../nbs/50_evaluate.ipynb #41f76fff
 import contextlib
@@ -291,18 +291,6 @@ def measure_systems(
         raise UserError(f"no utterance can be judged; the first: {first}")
     return rows, failures, notes
 
-
-@contextlib.contextmanager
-def never_empty(folder):
-    "Removes a folder of results (and the evaluations/ around it) in which nothing had come about at an error."
-    try:
-        yield
-    except BaseException:
-        for path in (folder, *[folder.parent] * (folder.parent == Path("evaluations"))):
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()
-        raise
-
 # %% ../nbs/50_evaluate.ipynb #b6c24d24
 def leaderboard_axes(evaluation):
     """The first judge of which more is better, and what it is set against.
@@ -384,6 +372,18 @@ def write_evaluation(evaluation, rows, out):
         with atomic_write(out / name) as path:
             path.write_text(text + "\n", encoding="utf-8")
     draw_evaluation(evaluation, out)
+
+# %% ../nbs/50_evaluate.ipynb #51961117
+@contextlib.contextmanager
+def never_empty(folder):
+    "Removes a folder of results (and the evaluations/ around it) that is empty at an error."
+    try:
+        yield
+    except BaseException:
+        for path in (folder, *[folder.parent] * (folder.parent == Path("evaluations"))):
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
 
 
 def evaluate(config) -> dict:  # what evaluation.json holds

@@ -249,13 +249,13 @@ LONGEST_TEXT = 3000  # symbols, some four minutes of speech
 
 
 def symbols_of(policy, text: str) -> list:
-    """Symbol ids of a text. Raises UserError if there is nothing to speak in it, or more than can be spoken in
-    one breath: the memory of a rollout grows with it."""
+    """Symbol ids of a text. Raises UserError if there is nothing to speak in it, or more than fits into the
+    memory of one utterance."""
     (ids,) = policy.encode([text])
     if len(ids) > LONGEST_TEXT:
         raise UserError(
-            f"the text {text[:40]!r}... has {len(ids)} symbols, of which at most {LONGEST_TEXT} are spoken at "
-            "once; split it into sentences"
+            f"the text {text[:40]!r}... has {len(ids)} symbols, and at most {LONGEST_TEXT} are spoken "
+            "at once; split it into sentences"
         )
     return ids
 

@@ -80,6 +80,7 @@ def become(job):
     os.environ.update(job["env"])
     sys.argv[1:] = job["flags"]
     sys.path[0] = job["cwd"]
+    sys.modules.pop(job["module"], None)  # some commands are imported by others
     runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
 
 

@@ -1,5 +1,5 @@
-"""What users give, as odd as it comes: one clear sentence, an exit status that is not 0, nothing half made left
-behind, and what was there before untouched. Each row of the tables is one input."""
+"""What users give, as odd as it comes: one clear sentence, an exit status that is not 0, nothing half made
+left behind, and what was there before untouched. Each row of the tables is one input."""
 
 import json
 import math
@@ -47,7 +47,8 @@ def things(tmp_path_factory, data):
     texts = {
         "empty.txt": b"", "blank.txt": b"\n \n\t\n", "latin.txt": "Caf\u00e9.\n".encode("latin-1"),
         "utf16.txt": "Hello.\n".encode("utf-16"), "marks.txt": b"Hello there.\n?!... --\n",
-        "emoji.txt": "Fine.\n\U0001f600\n".encode(), "cyrillic.txt": "\u041f\u0440\u0438\u0432\u0435\u0442.\n".encode(),
+        "emoji.txt": "Fine.\n\U0001f600\n".encode(),
+        "cyrillic.txt": "\u041f\u0440\u0438\u0432\u0435\u0442.\n".encode(),
         "long.txt": b"word " * 10_000 + b"\n", "list.txt": b"a|Hello.\nb|Good morning.\n",
         "nul.txt": b"Hello.\x00\n", "binary.txt": bytes(range(128, 256)) * 20,
     }  # fmt: skip
@@ -161,7 +162,10 @@ def test_a_command_refuses(module, flags, words, things, tmp_path):
     assert done.returncode not in (0, 1) and "Traceback" not in said, said[-2000:]
     for word in words:
         assert word in said.replace("\n\u2502 ", " "), said[-2000:]
-    assert tree(tmp_path) == before, "something was left behind"
+    left = tree(tmp_path)
+    if "new/failures.txt has all" in said:  # left on purpose: what is wrong with each recording
+        left = {name: content for name, content in left.items() if not name.startswith("new")}
+    assert left == before, "something was left behind"
     assert {path: path.stat().st_mtime_ns for path in things.rglob("*")} == around
 
 
@@ -275,7 +279,8 @@ def test_a_corpus_is_refused(name, tmp_path, data):
 
 @pytest.mark.parametrize(
     "formula",
-    ["", " ", "2", "dnsmos +", "dnsmos dnsmos", "dnsmos * dnsmos", "1e999*dnsmos", "dnsmos; ls", "a.b", "-", "x" * 5000],
+    ["", " ", "2", "dnsmos +", "dnsmos dnsmos", "dnsmos * dnsmos", "1e999*dnsmos", "dnsmos; ls", "a.b", "-",
+     "x" * 5000],
 )  # fmt: skip
 def test_a_formula_is_refused(formula):
     with pytest.raises(UserError):
@@ -285,7 +290,8 @@ def test_a_formula_is_refused(formula):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(no_such=1), dict(batch_size=7), dict(episodes=0), dict(rollout_steps=1), dict(train_steps="all:3"),
+        dict(no_such=1), dict(batch_size=7), dict(episodes=0), dict(rollout_steps=1),
+        dict(train_steps="all:3"),
         dict(train_steps="last:0"), dict(fork=10), dict(lora_rank=-1),
         dict(lora_rank=2, trainable="all"), dict(max_grad_norm=0.0), dict(learning_rate=-1e-3),
         dict(precision="float8"), dict(reduction="max"), dict(spacing="random"), dict(on_collapse="no"),

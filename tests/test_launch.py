@@ -489,7 +489,7 @@ def broken_files(folder):
         (["--no-such-flag"], ["no-such-flag"]),
         (["huge"], ["huge", "tiny"]),
         (["--method", "ppo"], ["ppo", "dlpo", "ddpo"]),
-        (["--method", "rwr", "--dl-source", "data"], ["--denoising-source", "dlpo, onlydl", "rwr"]),
+        (["--method", "rwr", "--dl-source", "data"], ["--denoising-source", "onlydl", "rwr"]),
         (["--penalty-parts", "both"], ["--penalty-parts both", "--denoising-source sample"]),
         (["--method", "dpok", "--kl-form", "l3"], ["l3", "exact"]),
         (["--advantage", "zscore"], ["zscore", "leave-one-out"]),
