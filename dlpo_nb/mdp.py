@@ -123,7 +123,8 @@ def predict_noise(policy, schedule, x, conditioning, t):
     """The policy's noise (rows, N) in the states x (rows, N) of step t,
     whose rows are the B texts or all their members."""
     hidden, frames = (spread(values, len(x)) for values in (conditioning.hidden, conditioning.frames))
-    return policy.predict_noise(x, hidden, schedule.level(t).expand(len(x), 1).to(x), frames=frames)
+    level = x.new_full((len(x), 1), float(schedule.level(t)))  # written on the device, not sent there
+    return policy.predict_noise(x, hidden, level, frames=frames)
 
 
 def action_log_prob(policy, schedule, x_t, x_prev, conditioning, t, reduction="mean"):
@@ -168,7 +169,7 @@ def reverse_chain(
     mask, pairs = state_mask(conditioning.frames, policy.width), []
     for t in range(last - 1, 0, -1):
         eps, z = predict_noise(policy, schedule, x, conditioning, t), noise(t)
-        action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z) * z
+        action = spread(schedule.mean(eps, x, t), len(z)) + schedule.sigma(t).to(z.dtype) * z
         if t in steps:
             eps_of_each, x_t, mask_of_each = (spread(values, len(action)) for values in (eps, x, mask))
             log_prob = schedule.transition_log_prob(eps_of_each, x_t, action, t, mask_of_each, reduction)
