@@ -84,8 +84,8 @@ class NamedTables(Tables):
 def entry(table, t, x=None):
     """Entry `t` of `table`, shaped to multiply a batch: 0-d for an int, (B, 1, ...) for a LongTensor (B,).
 
-    With `x` (B, ...) it has x's dtype, and for a LongTensor its device and number of axes. `t` is best kept on
-    the CPU."""
+    With `x` (B, ...) it has x's dtype, and for a LongTensor its device and number of axes. `t` is best kept
+    on the CPU."""
     t = torch.as_tensor(t).cpu()
     if t.min() < 0 or t.max() >= len(table):
         raise IndexError(f"step {t.tolist()} is outside 0..{len(table) - 1}")
@@ -94,7 +94,8 @@ def entry(table, t, x=None):
         value = value.reshape(-1, *[1] * (1 if x is None else x.dim() - 1))
     if x is None:
         return value
-    return value.to(x) if t.dim() else value.to(x.dtype)  # a GPU takes a single number along without waiting
+    # a GPU takes a single number along without waiting
+    return value.to(x) if t.dim() else value.to(x.dtype)
 
 # %% ../nbs/04_diffusion.ipynb #76eef635
 class ForwardProcess(NamedTables):

@@ -1,5 +1,5 @@
-"""An accelerator that is none: its tensors lie and are computed on the CPU, but say that they are elsewhere, refuse
-to be mixed with tensors that are not, and count what would make a GPU wait: copies to it and reads from it.
+"""An accelerator that is none: its tensors lie and are computed on the CPU, but say that they are elsewhere,
+refuse to be mixed with tensors that are not, and count what would make a GPU wait: copies to it, reads of it.
 
 with Pretended() as gpu: Finetuner(..., device=DEVICE).episode(); gpu.waits"""
 

@@ -121,8 +121,8 @@ def test_a_training_step_of_a_base(gpu, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("make", "budget"), [(tiny, 5), (make_gradtts, 1)], ids=["wavegrad2", "gradtts"])
 def test_waits_of_a_step(make, budget, gpu):
-    """Of a rollout of three texts of different lengths: noise is sent; WaveGrad 2 reads the lengths, and sends
-    the places of each."""
+    """Of a rollout of three texts of different lengths: noise is sent; WaveGrad 2 reads the lengths, and
+    sends the places of each."""
     model, waits = make().to(DEVICE), []
     for steps in (4, 8):
         schedule = FinetuneConfig(rollout_steps=steps).schedule(model)
