@@ -13,6 +13,7 @@ from commands import ROOT
 from dlpo_nb.checkpoints import heldout_reward, load_last, save_last
 from dlpo_nb.collapse import LIMITS, WINDOW, CollapseWatch, collapse_signs
 from dlpo_nb.core import RunDir, UserError
+from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.launch import train
 from dlpo_nb.objectives.base import TextBuffer, advantages
 from dlpo_nb.rewards.base import Reward
@@ -245,3 +246,32 @@ def test_a_run_that_collapses(tmp_path, monkeypatch, capsys, on_collapse):
 def test_the_levels_are_logged():
     metrics = tuner_of().episode()
     assert -120 <= metrics["audio/noise_floor_db"] <= metrics["audio/rms_db"] <= 0
+
+
+TWO = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from dlpo_nb.distributed import join, leave, rank
+from test_safety import At, nan, raises, tuner_of, weights, unchanged
+
+join("cpu")
+tuner = tuner_of(At(nan if sys.argv[1] == "nan" else raises, *([0] if rank() == 1 else [])))
+before, rows = weights(tuner), []
+rows.append(tuner.episode())
+assert rows[0]["skipped"] == 1 and unchanged(tuner, before)
+assert "skipped" not in tuner.episode() and not unchanged(tuner, before)
+print("weights", float(sum(p.double().sum() for p in tuner.parameters)), flush=True)
+leave()
+"""
+
+
+@pytest.mark.parametrize("fault", ["nan", "raises"])
+def test_processes_skip_together(tmp_path, fault):
+    (tmp_path / "two.py").write_text(TWO)
+    command = torchrun_command(tmp_path / "two.py", fault)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(said) == 2 and len(set(said)) == 1, "one model in both"
+    assert done.stderr.count("brings no update") == 1, "said once"
