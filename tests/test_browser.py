@@ -56,6 +56,17 @@ def listening_test(run, folder):
         return make_pairs(Pairs((run,), folder, pairs=2))
 
 
+def test_what_is_wrong_is_noticed(open_page, tmp_path):
+    (tmp_path / "bad.html").write_text(
+        "<!doctype html><div style='width: 500px'>wide</div><img src='gone.png'>"
+        "<script>console.error('said'); throw new Error('thrown')</script>"
+    )
+    page = open_page((tmp_path / "bad.html").as_uri(), 400)
+    (wide,) = page.overflows()
+    complaints = "\n".join(page.complaints)
+    assert "500px" in wide and all(word in complaints for word in ("said", "thrown", "gone.png"))
+
+
 @pytest.mark.parametrize("width, height", SIZES)
 def test_a_report_is_whole(open_page, run, width, height):
     page = open_page((run / "report.html").as_uri(), width, height)
