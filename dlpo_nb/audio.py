@@ -320,9 +320,16 @@ def play_row(
     players = "".join(player_html(s, title, sample_rate, picture=False) for title, s in sounds.items())
     display(HTML(f'<div style="display:flex;flex-wrap:wrap">{players}</div>'))
     fig, axes = plt.subplots(
-        1, len(sounds), figsize=(9, 2.2), dpi=100, sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(sounds),
+        figsize=(0.5 + 2.4 * len(sounds), 1.9),
+        dpi=100,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    nearest = dict(origin="lower", aspect="auto", cmap="magma", interpolation="nearest")
+    shades = plt.get_cmap("magma", 32)  # 2.5 dB each: half the bytes
+    nearest = dict(origin="lower", aspect="auto", cmap=shades, interpolation="nearest")
     for ax, (title, sound) in zip(axes[0], sounds.items()):
         mel = log_mel(sound.detach().cpu(), sample_rate)[0].numpy()
         extent = (0, len(sound) / sample_rate, 0, len(mel))
