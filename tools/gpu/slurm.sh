@@ -9,8 +9,8 @@
 #SBATCH --requeue
 set -euo pipefail
 [ $# -ge 1 ] && [ -n "${SLURM_JOB_ID:-}" ] || { sed -n '2,6s/^# \?//p' "$0" >&2; exit 2; }
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || set -- "$@" --resume
 # without --ntasks-per-node=1 each task would be a run of its own, all of them in one --out
 srun --ntasks-per-node=1 "${PYTHON:-python}" -m "${MODULE:-dlpo_nb.launch}" "$@" --nnodes "$SLURM_JOB_NUM_NODES" \
-    --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 10000))"
+    --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" --rdzv-endpoint "${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))"
