@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Loop', 'Finetuner', 'Batch', 'Slice', 'policy_slice', 'reward_slice', 'replayed_reward', 'denoising_slices',
            'anchor_of', 'in_reward_penalty', 'choose_trained', 'autocast', 'Stopwatch', 'reward_statistics',
-           'save_state', 'load_state', 'finetune', 'unfit_update', 'skip_update']
+           'unfit_update', 'skip_update', 'save_state', 'load_state', 'finetune']
 
 # %% ../nbs/40_finetune.ipynb #89d7dbaf
 import copy
@@ -297,6 +297,35 @@ def reward_statistics(tuner, rewards, advantages) -> dict:
     }
     return {"reward/mean": float(rewards.mean()), **spread, **parts}
 
+# %% ../nbs/40_finetune.ipynb #da990032
+def unfit_update(stats) -> str:
+    "Why an update whose statistics these are must not be made; empty if loss and gradient are finite."
+    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+        return ""
+    parts = {
+        "loss": "loss",
+        "grad_norm/policy": "gradient of the policy",
+        "grad_norm/penalty": "of the penalty",
+    }
+    numbers = ", ".join(f"{words} {stats[name]:.3g}" for name, words in parts.items())
+    return f"its loss or gradient is not finite ({numbers})"
+
+
+def skip_update(tuner, why) -> dict:
+    """Count an episode that brings no update, and say so; its statistics.
+    Stops all processes after too many in a row."""
+    tuner.skipped += 1
+    words = f"episode {tuner.next_episode} brings no update: {why}"
+    if tuner.skipped >= tuner.config.max_skipped:
+        abort_all(
+            f"{words}; {counted(tuner.skipped, 'episode')} in a row: the last state has the weights that "
+            "spoke, from which --resume goes on once the reward is mended, or with a lower --learning-rate "
+            "or --beta."
+        )
+    if rank() == 0:
+        print(words, file=sys.stderr, flush=True)
+    return {"skipped": 1.0}
+
 # %% ../nbs/40_finetune.ipynb #f77c0c39
 def save_state(tuner, path):
     "Write the state of a run, whole or not at all."
@@ -341,32 +370,3 @@ def finetune(tuner, on_episode=None, progress=True):
                 on_episode(metrics)
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{metrics.get('kl', math.nan):.1e}")
             bar.update()
-
-# %% ../nbs/40_finetune.ipynb #da990032
-def unfit_update(stats) -> str:
-    "Why an update whose statistics these are must not be made; empty if loss and gradient are finite."
-    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
-        return ""
-    parts = {
-        "loss": "loss",
-        "grad_norm/policy": "gradient of the policy",
-        "grad_norm/penalty": "of the penalty",
-    }
-    numbers = ", ".join(f"{words} {stats[name]:.3g}" for name, words in parts.items())
-    return f"its loss or gradient is not finite ({numbers})"
-
-
-def skip_update(tuner, why) -> dict:
-    """Count an episode that brings no update, and say so; its statistics.
-    Stops all processes after too many in a row."""
-    tuner.skipped += 1
-    words = f"episode {tuner.next_episode} brings no update: {why}"
-    if tuner.skipped >= tuner.config.max_skipped:
-        abort_all(
-            f"{words}; {counted(tuner.skipped, 'episode')} in a row: the last state has the weights that "
-            "spoke, from which --resume goes on once the reward is mended, or with a lower --learning-rate "
-            "or --beta."
-        )
-    if rank() == 0:
-        print(words, file=sys.stderr, flush=True)
-    return {"skipped": 1.0}
