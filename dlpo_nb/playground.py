@@ -20,7 +20,7 @@ from .judges import find_judges
 from .judging import LEVEL, at_level
 from .mdp import Trajectory, draw_steps, rollout
 from .page import table
-from .policy import Policy, evaluating
+from .policy import Policy, evaluating, symbols_of
 from .say import SayConfig, load_voice
 from .systems import Clip, as_system
 from .vocoder import VOCODERS
@@ -49,7 +49,7 @@ class Chain:
 
 def chain_of(name, policy, schedule, config) -> Chain:
     "Speak the text of a `SayConfig`."
-    steps, ids = draw_steps("all", schedule.num_steps), policy.encode([config.text])
+    steps, ids = draw_steps("all", schedule.num_steps), [symbols_of(policy, config.text)]
     with evaluating(policy):
         made = rollout(policy, schedule, [config.text], ids, steps, (config.seed, "playground"), [0])
     return Chain(name, policy, made)

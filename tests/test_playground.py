@@ -86,6 +86,7 @@ def test_the_slider_walks_through_the_steps(panel):
 MISTAKES = [
     ("text", " \n", "no text"),
     ("text", "...", "speak|words"),
+    ("text", "long " * 1500, "at most"),
     ("tuned", "nowhere", "nowhere"),
     ("tuned", "gradtts_small", "base that it was tuned from"),
     ("tuned", "FOLDER", "config.json"),
