@@ -38,6 +38,7 @@ from .judges import find_judges
 from .judging import ScoreCache, judge_system, levelled_name, measures_of, pooled_rates
 from .plugins import content_of, load_plugins, run_plugins
 from .policy import symbols_of
+from .precision import compute_in
 from dlpo_nb.statistics import (
     compare_systems,
     contradictions,
@@ -389,6 +390,7 @@ def never_empty(folder):
 def evaluate(config) -> dict:  # what evaluation.json holds
     "Compare systems as `config` says, write everything into its folder, and print the tables."
     config.check()
+    compute_in("float32")  # of whatever precision its systems were trained in
     if config.threads:
         torch.set_num_threads(config.threads)
     plugins_of(config)

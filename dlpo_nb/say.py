@@ -21,6 +21,7 @@ from .diffusion import NoiseSchedule
 from .plugins import load_plugins
 from .policies import load_policy
 from .policy import Policy
+from .precision import compute_in
 from .rewards import REWARDS, get_reward
 
 # %% ../nbs/47_say.ipynb #7009da2c
@@ -90,6 +91,7 @@ def play_file(path):
 
 def say(config: SayConfig):
     "Speaks, writes the sound, and prints what the judges think."
+    compute_in("float32")
     load_plugins(config.plugin)
     began = time.perf_counter()
     audio, rate = speak(config)

@@ -469,7 +469,8 @@ def test_packaged_files_are_listed():
 
 
 def test_the_readme_is_one_screen():
-    assert len(DOCUMENTS[0].read_text(encoding="utf-8").split()) <= 700
+    words = DOCUMENTS[0].read_text(encoding="utf-8").split()
+    assert sum(any(map(str.isalnum, word)) for word in words) <= 700
 
 
 def test_quick_start_is_two_commands():

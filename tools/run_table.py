@@ -38,6 +38,7 @@ METHODS = {
     "best-of-n": ["--method", "rwr", "--rwr-weights", "best"],
     "awm": ["--method", "awm"],
     "nft": ["--method", "nft"],
+    "draft": ["--method", "draft"],
     "onlydl": ["--method", "onlydl"],
     "released": ["--method", "released"],
 }
