@@ -1,6 +1,7 @@
 """The web site: made from stored outputs, whole without a network, with no link that leads nowhere."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +92,11 @@ def test_a_folder_with_something_else_is_not_emptied(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not a site"):
         make_site.main()
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_the_whole_site_is_made(site, tmp_path):
+    command = [sys.executable, "tools/make_site.py", "--out", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr  # a dead link among them
+    pages = {path.stem for path in (tmp_path / "site").rglob("*.html")}
+    assert {path.stem for path in (ROOT / "nbs").rglob("*.ipynb")} <= pages
