@@ -7,6 +7,7 @@ Writes results/kill_at_random.json.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -37,6 +38,19 @@ def command(voice, processes, out):
     return [sys.executable, "-m", "dlpo_nb.launch", *flags]
 
 
+def family(pid) -> list:
+    """A process and all that it has started, however deep; torchrun gives its own sessions of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
 def run(voice, processes, out, seconds=None):
     """Start it, kill all its processes after some seconds; returns whether it was killed.
     Raises RuntimeError if it ends by itself with an error."""
@@ -47,7 +61,9 @@ def run(voice, processes, out, seconds=None):
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # torchrun's processes are in the same session
+            for pid in family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             return True
     if process.returncode:
