@@ -15,7 +15,7 @@ import numpy as np
 
 from .core import RunDir, UserError, counted
 from .heldout import LABELS, metric_line, ordered, read_rows
-from .statistics import bootstrap_interval, student_interval
+from .statistics import bootstrap_interval, interval_text, student_interval
 
 # %% ../nbs/52_figures.ipynb #e51d83a1
 @dataclass
@@ -295,6 +295,6 @@ def seeds_table(across, reward) -> dict:  # {label: base, run, control and diffe
     columns, table = ("run", "control", "difference"), {}
     for name in ordered(across["metrics"], reward):
         row = across["metrics"][name]
-        spread = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[key]) for key in columns]
+        spread = [interval_text(*row[key]) for key in columns]
         table[LABELS.get(name, name)] = [f"{row['base']:.3f}", *spread]
     return table

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from left_behind import left_behind, read
 from shared_work import MORE, reward
 from small_policy import TINY, make_model, spoken
 
@@ -76,22 +77,6 @@ def started(*arguments):
     process = context.Process(target=run, args=arguments)
     process.start()
     return process
-
-
-def left_behind(out):
-    """All that must not depend on where the run was interrupted."""
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(out / "metrics.jsonl")]
-    files = {path.name: read(path) for path in (out / "checkpoints").iterdir()}
-    return rows, files
-
-
-def read(path):
-    """Every number in a file, as something that can be compared;
-    the order of a .safetensors' notes is drawn by lot."""
-    if path.suffix == ".safetensors":
-        tensors, notes = read_safetensors(path)
-        return notes, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    return path.read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def canonical(name):
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +27,12 @@ def requirements():
 def pins():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonical(name): version for name, version in pairs}
+    return {canonicalize_name(name): version for name, version in pairs}
 
 
 def test_pins_are_of_versions_that_are_allowed(requirements, pins):
     for need in requirements:
-        assert need.specifier.contains(pins[canonical(need.name)]), need
+        assert need.specifier.contains(pins[canonicalize_name(need.name)]), need
 
 
 def test_nothing_is_without_an_upper_bound(requirements):
@@ -45,7 +42,7 @@ def test_nothing_is_without_an_upper_bound(requirements):
 
 def test_licences_are_listed(requirements, pins):
     listed = (ROOT / "LICENSES.md").read_text()
-    for name in [*(canonical(need.name) for need in requirements), *pins]:
+    for name in [*(canonicalize_name(need.name) for need in requirements), *pins]:
         assert f"| {name} |" in listed, f"{name}: run python tools/licences.py"
     packages = listed.split("## Packaged files")[0]
     assert not re.search(r"(?<!L)GPL|Affero|not stated", packages)  # what would bind a user of the library

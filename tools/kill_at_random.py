@@ -19,9 +19,11 @@ import time
 from pathlib import Path
 
 from dlpo_nb.core import environment, read_jsonl
-from dlpo_nb.weights import read_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+from left_behind import left_behind  # noqa: E402
+
 EPISODES = 8
 FLAGS = [
     "--reward", "dnsmos", "--episodes", str(EPISODES), "--batch-size", "8", "--group-size", "4",
@@ -69,18 +71,6 @@ def run(voice, processes, out, seconds=None):
     if process.returncode:
         raise RuntimeError(out.with_suffix(".log").read_text()[-3000:])
     return False
-
-
-def left_behind(out):
-    """All that must not depend on where the run was interrupted."""
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in read_jsonl(out / "metrics.jsonl")]
-    files = {}
-    for path in sorted((out / "checkpoints").iterdir()):
-        if path.suffix == ".safetensors":  # the order of its notes is drawn by lot
-            files[path.name] = {name: x.numpy().tobytes() for name, x in read_safetensors(path)[0].items()}
-        else:
-            files[path.name] = path.read_bytes()
-    return list({row["episode"]: row for row in rows}.values()), files
 
 
 def trial(voice, processes, kills, folder):

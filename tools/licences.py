@@ -4,11 +4,11 @@ Follows the requirements of dlpo_nb, all extras, through the installed packages,
 licence as the package states it, and what wants it; below them the packaged files and the weights of judges.
 """
 
-import re
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("dev", "voice", "whisper")
@@ -46,11 +46,6 @@ TAIL = """
 """
 
 
-def canonical(name):
-    """A package's name as the index spells it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def needs_of(name, extras=()):
     """Names that an installed package requires on this machine."""
     found = set()
@@ -58,7 +53,7 @@ def needs_of(name, extras=()):
         need = Requirement(line)
         markers = [{"extra": extra} for extra in extras] or [{"extra": ""}]
         if need.marker is None or any(need.marker.evaluate(marker) for marker in markers):
-            found.add((canonical(need.name), tuple(sorted(need.extras))))
+            found.add((canonicalize_name(need.name), tuple(sorted(need.extras))))
     return found
 
 

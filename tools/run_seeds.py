@@ -19,6 +19,7 @@ from pathlib import Path
 from dlpo_nb.figures import across_seeds, read_run, seeds_table
 
 ROOT = Path(__file__).resolve().parents[1]
+CONTROL = ["--control", "shuffle-advantages"]
 KEEP = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "evaluation.csv")
 
 
@@ -41,11 +42,32 @@ def run(preset, experiment, name, flags, threads):
     return out
 
 
+def parser_of(about):
+    """The arguments that all tables of runs have."""
+    parser = argparse.ArgumentParser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What stands after -- goes to dlpo_nb.launch.",
+    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
+    return parser
+
+
 def parse(parser):
     """The arguments of a tool, and the flags of dlpo_nb.launch that stand after --."""
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     return parser.parse_args(given[:end]), given[end + 1 :]
+
+
+def run_all(preset, experiment, named, args):
+    """All runs of (name, flags) pairs, some at a time, in this order."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        started = [pool.submit(run, preset, experiment, name, flags, args.threads) for name, flags in named]
+        for future in started:
+            future.result()
 
 
 def markdown(across, reward) -> str:
@@ -68,28 +90,16 @@ def summarise(experiment):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What stands after -- goes to dlpo_nb.launch.",
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("preset")
     parser.add_argument("name", help="of the folder in results/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     args, further = parse(parser)
-    jobs = []
+    named = []
     for seed in args.seeds:
         flags = ["--seed", str(seed), *further]
-        jobs.append((f"dlpo-seed{seed}", flags))
-        jobs.append((f"control-seed{seed}", [*flags, "--control", "shuffle-advantages"]))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        started = [
-            pool.submit(run, args.preset, args.name, name, flags, args.threads) for name, flags in jobs
-        ]
-        for future in started:
-            future.result()
+        named.append((f"dlpo-seed{seed}", flags))
+        named.append((f"control-seed{seed}", [*flags, *CONTROL]))
+    run_all(args.preset, args.name, named, args)
     summarise(args.name)
 
 

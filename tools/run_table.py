@@ -15,19 +15,17 @@ run again; one that was interrupted is resumed. Seed by seed: what is there at a
     python tools/run_table.py methods --seeds          # no more runs, only the table of what is there
 """
 
-import argparse
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import soundfile
-from run_seeds import ROOT, parse, run
+from run_seeds import CONTROL, ROOT, parse, parser_of, run_all
 
 from dlpo_nb.audio import mp3_bytes, read_audio
 from dlpo_nb.figures import read_run
 from dlpo_nb.heldout import LABELS, ordered
-from dlpo_nb.statistics import compare_systems, student_interval
+from dlpo_nb.statistics import compare_systems, interval_text, student_interval
 
 METHODS = {
     "dlpo": [],
@@ -61,7 +59,6 @@ TABLES = {"methods": METHODS, "options": OPTIONS, "beta": BETA}
 # rows with a control: of the methods all that a reward reaches
 CONTROLLED = {"options": ("default", "rate-half", "rate-double"), "beta": ("level",)}
 UNREWARDED = ("onlydl", "released")  # the run is its own control
-CONTROL = ["--control", "shuffle-advantages"]
 KEYS = ("run", "control", "difference")
 HEARD = (0, 1, 2)  # held-out texts whose sound is kept
 
@@ -85,10 +82,9 @@ def keep_sound(experiment):
         name = samples.parent.name.removesuffix("-seed0")
         for system, kept in (("tuned", name), ("base", "base")):
             for index in HEARD:
-                wav, mp3 = samples / f"{system}_{index:03d}.wav", folder / f"{kept}_{index}.mp3"
-                if wav.exists() and not mp3.exists():
-                    rate = soundfile.info(wav).samplerate
-                    mp3.write_bytes(mp3_bytes(read_audio(wav, None), rate))
+                wav = samples / f"{system}_{index:03d}.wav"
+                sound = mp3_bytes(read_audio(wav, None), soundfile.info(wav).samplerate)
+                (folder / f"{kept}_{index}.mp3").write_bytes(sound)
 
 
 def seeds_of(folder, name) -> dict:
@@ -145,12 +141,6 @@ def tests(found, reward) -> dict:
     return dict(base=against_base, first=against_first)
 
 
-def cell(values) -> str:
-    """Mean and interval as text."""
-    mean, low, high = values
-    return f"{mean:+.3f}" if low is None else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
 def markdown(result) -> str:
     """A line per row: what it and its control changed of the reward, and what else it changed."""
     reward, base = result["reward"], result["base"]
@@ -160,8 +150,8 @@ def markdown(result) -> str:
     lines = [f"| | seeds | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     for name, row in result["rows"].items():
         metrics = row["metrics"]
-        cells = [cell(metrics[reward][key]) if key in metrics[reward] else "-" for key in KEYS]
-        cells += [cell(metrics[other]["run"]) if other in metrics else "-" for other in columns]
+        cells = [interval_text(*metrics[reward][key]) if key in metrics[reward] else "-" for key in KEYS]
+        cells += [interval_text(*metrics[other]["run"]) if other in metrics else "-" for other in columns]
         lines.append(f"| {name} | {len(row['seeds'])} | {' | '.join(cells)} |")
     values = ", ".join(f"{name} {base[name]:.3f}" for name in (reward, *others))
     return "\n".join([*lines, "", f"Changes over the base ({values}); 95 % intervals over training seeds."])
@@ -178,7 +168,7 @@ def summarise(table):
     records = list(found[rows[0]].values())
     evaluations = [record.evaluation["metrics"] for record in records]
     result = dict(
-        reward="distillmos",
+        reward=records[0].config["reward"],
         texts=len(records[0].rows["base"]),
         base={name: float(np.mean([e[name]["base"] for e in evaluations])) for name in evaluations[0]},
         rows={row: over_seeds(found[row], found.get(f"{row}-control", {})) for row in rows},
@@ -190,25 +180,13 @@ def summarise(table):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What stands after -- goes to dlpo_nb.launch.",
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--rows", nargs="*", default=None, help="some of them; default: all")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
     args, further = parse(parser)
-    jobs = jobs_of(args.table, args.rows or list(TABLES[args.table]), args.seeds, further)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        started = [
-            pool.submit(run, args.preset, args.table, name, flags, args.threads) for name, flags in jobs
-        ]
-        for future in started:
-            future.result()
+    rows = args.rows or list(TABLES[args.table])
+    run_all(args.preset, args.table, jobs_of(args.table, rows, args.seeds, further), args)
     keep_sound(args.table)
     summarise(args.table)
 
