@@ -134,6 +134,7 @@ class Finetuner(Loop):
         return states | {
             "reward": as_reward(self.reward).state_dict(),
             "next_episode": self.next_episode,
+            "skipped": self.skipped,
             "method": self.config.method,
         }
 
@@ -144,7 +145,7 @@ class Finetuner(Loop):
         as_reward(self.reward).load_state_dict(state["reward"])
         for group in self.optimiser.param_groups:  # may be another one than before
             group["lr"] = self.config.learning_rate
-        self.next_episode = state["next_episode"]
+        self.next_episode, self.skipped = state["next_episode"], state.get("skipped", 0)
 
 # %% ../nbs/40_finetune.ipynb #47fc12e8
 @dataclass

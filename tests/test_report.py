@@ -145,6 +145,20 @@ def test_metrics_with_gaps(tmp_path):
     assert reward_curve([one]).axes and checked(write_report(one))
 
 
+def test_what_went_wrong_in_the_episodes_is_said(tmp_path):
+    path = make_run(tmp_path / "run", episodes=4)
+    assert "no update" not in checked(write_report(path)).said
+    run = RunDir(path)
+    run.append_metrics({"episode": 4, "skipped": 1.0})
+    for episode in range(5, 9):
+        run.append_metrics({"episode": episode, "kl": 0.5})
+    assert "1 episode brought no update" in (said := checked(write_report(path)).said)
+    assert "the KL to the base is 0.5" in said and "Listen before" in said
+    other = make_run(tmp_path / "other")
+    said = checked(write_comparison([path, other], tmp_path / "two.html")).said
+    assert said.count("brought no update") == 1
+
+
 def test_comparison(tmp_path):
     runs = [make_run(tmp_path / f"run{s}", seed=s) for s in range(2)]
     controls = [

@@ -95,6 +95,15 @@ def test_too_many_in_a_row_stop_the_run_with_a_good_state(tmp_path, most):
     assert unchanged(again, before) and "skipped" not in again.episode()
 
 
+def test_they_are_counted_on_when_the_run_is_resumed(tmp_path):
+    tuner, again = tuner_of(At(nan, 0)), tuner_of(At(nan, 0), max_skipped=2)
+    tuner.episode()
+    save_last(tuner, tmp_path)
+    load_last(again, tmp_path)
+    with pytest.raises(UserError, match="2 episodes in a row"):
+        again.episode()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite(monkeypatch, capsys, value):
     tuner = tuner_of(max_skipped=2, inner_epochs=2)
