@@ -78,8 +78,8 @@ def keep_sound(experiment):
     """Small mp3 of what the first seed of each method says, of the base once."""
     folder = ROOT / "docs" / "audio" / experiment
     folder.mkdir(parents=True, exist_ok=True)
-    for samples in sorted((ROOT / "runs" / experiment).glob("*-seed0/samples")):
-        name = samples.parent.name.removesuffix("-seed0")
+    for done in sorted((ROOT / "runs" / experiment).glob("*-seed0/summary.json")):
+        name, samples = done.parent.name.removesuffix("-seed0"), done.parent / "samples"
         for system, kept in (("tuned", name), ("base", "base")):
             for index in HEARD:
                 wav = samples / f"{system}_{index:03d}.wav"
