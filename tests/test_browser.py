@@ -192,7 +192,7 @@ def test_the_playground_speaks(open_page, lab):
 
 def test_a_vote_goes_to_the_disk_and_comes_back(open_page, lab):
     page, errors = run_all(open_page, lab, "55_listen")
-    assert [error.partition(":")[0] for error in errors] == ["SystemExit"]  # the last cell is the command
+    assert not errors, errors  # its last cell, the command, among them
     page.type(".ab-listen input", "Eva")
     page.click(".ab-start")
     page.says(".ab-status", "Pair 1 of 2")

@@ -1,11 +1,13 @@
 """What 00_core does not show: other processes, unwritable places, numbers that JSON cannot hold."""
 
+import contextlib
 import getpass
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from dlpo_nb.core import (
     provide_home,
     read_jsonl,
     record_changes,
+    run_main,
     split_lines,
 )
 from dlpo_nb.locks import lock_folder, unlock_folders
@@ -60,22 +63,37 @@ def test_keyed_generator_takes_integers_of_any_kind_and_nothing_else():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    "body, code, stderr",
+    "raised, code, stderr",
     [
-        ("raise UserError('no texts')", 2, "error: no texts\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("return 7", 0, ""),
+        (UserError("no texts"), 2, "error: no texts\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (None, 0, ""),
     ],
 )
-def test_run_main_exit_codes(body, code, stderr):
-    done = python(f"from dlpo_nb.core import UserError, run_main\ndef main():\n    {body}\nrun_main(main)")
-    assert (done.returncode, done.stderr) == (code, stderr)
+def test_run_main_exit_codes(raised, code, stderr, capsys):
+    def main():
+        if raised:
+            raise raised
+        return 7
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert (ended.value.code, capsys.readouterr().err) == (code, stderr)
 
 
 @pytest.mark.smoke
 def test_run_main_keeps_the_traceback_of_a_bug():
-    done = python("from dlpo_nb.core import run_main\nrun_main(lambda: 1 / 0)")
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    "shell, runs", [(None, True), ("a terminal", True), (SimpleNamespace(kernel=1), False)]
+)
+def test_a_command_is_not_run_in_a_notebook(shell, runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with pytest.raises(SystemExit) if runs else contextlib.nullcontext():
+        run_main(lambda: None if runs else pytest.fail("it was run"))
 
 
 def test_core_needs_no_notebook_tools():

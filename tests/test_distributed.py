@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from dlpo_nb.settings import parse
 HERE = Path(__file__).resolve().parent
 FLAGS = [
     "--batch-size", "4", "--group-size", "2", "--heldout", "0", "--train-steps", "last:1", "--nproc-per-node",
-    "2", "--device", "cpu",
+    "2", "--device", "cpu", "--reward", "level",
 ]  # fmt: skip
 
 
@@ -32,14 +33,8 @@ def both(tmp_path_factory):
     """What shared_work finds in one process and in two."""
     folder, found = tmp_path_factory.mktemp("ranks"), []
     work = HERE / "shared_work.py"
-    for name, command in (("one", [sys.executable, work]), ("two", distributed.torchrun_command(work))):
-        done = subprocess.run(
-            [*command, folder / name],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    for name, start in (("one", commands.python), ("two", commands.torchrun)):
+        done = start(work, folder / name)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(folder / name, weights_only=True))
     return found
@@ -173,12 +168,11 @@ def test_two_machines_go_on_after_one_has_lost_its_process(tmp_path):
 
 
 def test_what_cannot_go_on_is_not_tried_again(tmp_path):
-    job = launch(
-        "--episodes", 2, "--learning-rate", 1e30, "--max-skipped", 1, "--out", tmp_path / "run",
+    done = commands.run(
+        "launch", "--episodes", 2, "--learning-rate", 1e30, "--max-skipped", 1, "--out", tmp_path / "run",
         "--max-restarts", 3, *FLAGS,
     )  # fmt: skip
-    _, said = job.communicate(timeout=300)
-    assert job.returncode == 2 and said.count("error:") == 1, said
+    assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
 
 
 def test_fewer_gpus_than_processes(monkeypatch):
@@ -302,11 +296,10 @@ def test_slurm_starts_one_launcher_on_each_node(tmp_path):
 
 
 def test_one_sentence_from_many_processes(tmp_path):
-    job = launch(
-        "--episodes", 1, "--base-checkpoint", tmp_path / "none.safetensors", "--out", tmp_path / "run", *FLAGS
-    )
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 2 and said.count("none.safetensors") == 1 and "Traceback" not in said, said
+    missing = ["--base-checkpoint", tmp_path / "none.safetensors"]
+    done = commands.run("launch", "--episodes", 1, *missing, "--out", tmp_path / "run", *FLAGS)
+    said = done.stderr
+    assert done.returncode == 2 and said.count("none.safetensors") == 1 and "Traceback" not in said, said
 
 
 @pytest.mark.smoke
@@ -319,21 +312,21 @@ def test_one_sentence_from_many_processes(tmp_path):
     ],
 )
 def test_processes_that_make_no_sense(flags, words):
-    job = launch(*flags)
-    _, said = job.communicate(timeout=200)
-    assert job.returncode == 2 and all(word in said for word in words) and "Traceback" not in said
+    done = commands.run("launch", *flags)
+    said = done.stderr
+    assert done.returncode == 2 and all(word in said for word in words) and "Traceback" not in said
 
 
 def test_an_existing_run_is_refused_once_and_left_alone(tmp_path):
     out = tmp_path / "run"
-    job = launch("--episodes", 1, "--out", out, *FLAGS)
-    assert job.communicate(timeout=300) and job.returncode == 0
+    done = commands.run("launch", "--episodes", 1, "--out", out, *FLAGS)
+    assert done.returncode == 0, done.stderr
     before = (out / "metrics.jsonl").read_text()
-    job = launch("--episodes", 2, "--seed", 7, "--out", out, "--max-restarts", 1, *FLAGS)
-    _, said = job.communicate(timeout=300)
+    flags = ["--episodes", 2, "--seed", 7, "--out", out, "--max-restarts", 1, *FLAGS]
+    done = commands.run("launch", *flags)
     assert (
-        job.returncode == 2
-        and said.count("already holds a run") == 1
-        and "Traceback" not in said
+        done.returncode == 2
+        and done.stderr.count("already holds a run") == 1
+        and "Traceback" not in done.stderr
         and (out / "metrics.jsonl").read_text() == before
     )

@@ -108,8 +108,9 @@ def test_a_run_knows_its_plug_ins_when_it_is_resumed(begun):
     assert change["plugin_content"].keys() == before.keys() and change["plugin_content"] != before
 
 
-def test_a_voice_comes_in_and_two_processes_know_it(begun):
-    """A policy whose state is a spectrogram at 16 kHz, from a file outside the library."""
+@pytest.fixture(scope="module")
+def voiced(begun):
+    """A policy whose state is a spectrogram at 16 kHz, from a file outside the library, in two processes."""
     folder, _ = begun
     (folder / "voice.py").write_text((HERE / "toy_mel.py").read_text())
     make_toy_mel().save(folder / "voice.safetensors")
@@ -117,6 +118,11 @@ def test_a_voice_comes_in_and_two_processes_know_it(begun):
     more = ["--reward", "bright", "--denoising-source", "sample", "--nproc-per-node", 2, "--episodes", 1]
     done = run(folder, "launch", *flags, *more, "--heldout", 2, "--out", "two")
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_voice_comes_in_and_two_processes_know_it(voiced):
+    folder = voiced
     (row,) = rows(folder / "two")
     assert row["ratio/mean"] == 1.0 and row["grad_norm"] > 0 and "diffusion_loss/sample" in row
     assert soundfile.info(folder / "two" / "samples" / "tuned_001.wav").samplerate == 16000
@@ -125,9 +131,9 @@ def test_a_voice_comes_in_and_two_processes_know_it(begun):
     )
 
 
-def test_runs_are_evaluated_and_reported_with_their_plug_ins(begun):
+def test_runs_are_evaluated_and_reported_with_their_plug_ins(voiced):
     """Their voices, and the judge that they were paid by, are known by name without the flag."""
-    folder, _ = begun
+    folder = voiced
     flags = ["--metrics", "bright,shrill", "--heldout", 2, "--rollout-steps", 2, "--no-level-normalised"]
     done = run(folder, "evaluate", "run", "two", *flags, "--device", "cpu", "--threads", 1, "--out", "out")
     assert done.returncode == 0, done.stderr

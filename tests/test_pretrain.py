@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from dlpo_nb.core import UserError, asset
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.corpus import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.optimisers import make_optimisers
 from dlpo_nb.pretrain import fit, prepare, pretrain, train_step, validate
 from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
@@ -232,7 +232,7 @@ def test_a_training_that_is_under_way_is_left_alone(config):
         before = {
             path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()
         }  # to read the lock does not let go of it
-        done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
+        done = commands.python(*resume[1:])
     finally:
         unlock_folders()
     assert (
@@ -310,7 +310,7 @@ def test_ctrl_c_saves_and_the_command_goes_on(config):
 
 @pytest.mark.smoke
 def test_command_line_error_is_one_sentence(config):
-    done = subprocess.run(command(config), env=ENVIRONMENT, capture_output=True, text=True)
+    done = commands.python(*command(config)[1:])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -556,15 +556,8 @@ def test_audio_that_breaks_on_the_way_is_one_sentence(config, tmp_path, monkeypa
 # --- several processes
 
 
-def in_two(command, **options):
-    return subprocess.run(
-        [*command, "--nproc-per-node", "2"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
-    )
+def in_two(command):
+    return commands.python(*command[1:], "--nproc-per-node", "2")
 
 
 def test_one_process_starts_and_two_go_on(config):
@@ -615,8 +608,7 @@ def test_a_run_that_is_there_is_refused_however_often_torchrun_tries(config):
     ), done.stderr
     where = "--rdzv-backend c10d --rdzv-endpoint localhost:0 --rdzv-id again --max-restarts 2"
     where = f"{where} --nproc-per-node 2".split()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, *command(config, "--steps", 1)[1:]]
-    done = subprocess.run(torchrun, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = commands.python("-m", "torch.distributed.run", *where, *command(config, "--steps", 1)[1:])
     assert done.returncode != 0 and done.stderr.count("already holds a run") == 1, done.stderr
     assert (config.out / "state.pt").read_bytes() == b"somebody's run"
 
@@ -631,13 +623,7 @@ def test_the_folder_of_another_kind_of_run_is_left_alone(config):
 
 
 def test_torchrun_with_more_processes_than_windows(config):
-    said = subprocess.run(
-        torchrun_command(*command(config, "--steps", 1, "--batch-size", 1)[1:]),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    ).stderr
+    said = commands.torchrun(*command(config, "--steps", 1, "--batch-size", 1)[1:]).stderr
     assert "less than the 2 processes" in said and 'File "' not in said.split("error:")[0], said
 
 

@@ -1,11 +1,10 @@
 """Every voice is trained by the same loop: shares add up, resuming is exact, something is learnt."""
 
 import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pretrain_process
 import pytest
 import torch
@@ -15,7 +14,6 @@ from small_gradtts import SMALL, make_gradtts, shrunk, write_corpus
 from dlpo_nb import recipes
 from dlpo_nb.core import UserError
 from dlpo_nb.corpus import load_corpus
-from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
 from dlpo_nb.locks import unlock_folders
 from dlpo_nb.policy import load_policy, recorded, state_durations
@@ -125,10 +123,7 @@ def both(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(jobs))
     for arch, rate in RATES_OF_TWO.items():
         write_corpus(folder / f"corpus {arch}", rate)
-    program = torchrun_command(Path(__file__).parent / "pretrain_process.py", folder / "two.json")
-    done = subprocess.run(
-        program, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    done = commands.torchrun(Path(__file__).parent / "pretrain_process.py", folder / "two.json")
     assert done.returncode == 0, done.stderr
     pretrain_process.train(folder / "one.json")
     return {

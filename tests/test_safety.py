@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from commands import ROOT
+import commands
 from dlpo_nb.checkpoints import heldout_reward, load_last, save_last
 from dlpo_nb.collapse import LIMITS, WINDOW, CollapseWatch, collapse_signs
 from dlpo_nb.core import RunDir, UserError
-from dlpo_nb.distributed import torchrun_command
 from dlpo_nb.launch import train
 from dlpo_nb.objectives.base import TextBuffer, advantages
 from dlpo_nb.rewards.base import Reward
@@ -137,7 +136,9 @@ def test_a_reward_that_never_answers_does_not_keep_the_process():
         "    queue.submit(torch.zeros(1, 9), torch.tensor([9]), 9, ['a'])\n"
         "    print(queue.collect())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=commands.ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "nan" in done.stdout, done.stderr
 
 
@@ -278,8 +279,7 @@ leave()
 @pytest.mark.parametrize("fault", ["nan", "raises"])
 def test_processes_skip_together(tmp_path, fault):
     (tmp_path / "two.py").write_text(TWO)
-    command = torchrun_command(tmp_path / "two.py", fault)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.torchrun(tmp_path / "two.py", fault)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if line.startswith("weights")]
     assert len(said) == 2 and len(set(said)) == 1, "one model in both"

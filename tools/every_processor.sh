@@ -8,7 +8,7 @@ failed=0
 for mode in "" "ATEN_CPU_CAPABILITY=default" "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" "MKL_CBWR=COMPATIBLE"; do
     echo "== ${mode:-as it is}"
     if [ $# -eq 0 ]; then
-        env $mode nbdev_test --n_workers 2 && env $mode python -m pytest -q -n 2 tests
+        env $mode nbdev_test --n_workers 2 && env $mode python -m pytest -q -n 3 --dist worksteal tests
     else
         env $mode python -m pytest -q "$@"
     fi || { failed=1; echo "== failed: ${mode:-as it is}"; }
