@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'OLD_VALUES', 'AT_LEAST_ONE', 'ABOVE_ZERO', 'FinetuneSettings', 'renamed', 'preset_of', 'applicable',
-           'check_options', 'FinetuneConfig', 'check_batch', 'check_steps', 'check_denoising', 'owners', 'comment_of',
-           'option_fields', 'todays_flags', 'check_names', 'from_flags']
+           'check_options', 'FinetuneConfig', 'check_batch', 'check_steps', 'check_denoising', 'owners', 'source_of',
+           'comment_of', 'option_fields', 'todays_flags', 'check_names', 'from_flags']
 
 # %% ../nbs/39a_config.ipynb #4eda0fa9
 import inspect
 import re
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
@@ -240,13 +241,19 @@ def owners() -> dict:  # {option: (method, ...)}
     }
 
 
+@lru_cache
+def source_of(cls) -> str:
+    "The lines of a class; none where it is built in, or was defined where there is no file."
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
 def comment_of(kind, name: str) -> str:
     "The comment beside or above a field, where its class or one that it inherits from has it."
     for cls in kind.__mro__:
-        try:
-            lines = inspect.getsource(cls)
-        except (OSError, TypeError):  # defined where there is no file, or built in
-            continue
+        lines = source_of(cls)
         if beside := re.search(rf"^ +{name}\s*:[^\n]*?#\s*(.+)$", lines, re.MULTILINE):
             return beside[1]
         if above := re.search(rf"((?:^ +#[^\n]*\n)+) +{name}\s*:", lines, re.MULTILINE):

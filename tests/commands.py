@@ -81,6 +81,14 @@ def _ask(process, job, timeout):
     return code
 
 
+def fork(work, *arguments):
+    """A copy of this process that does the work. Its end is quick: taking apart all that was imported
+    would last longer than most commands."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
 def become(job):
     "Turn this forked process into the command."
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -112,8 +120,7 @@ class Worker:
 
     def __init__(self, args, env, **_):
         words = [word for word in args[1:] if word != "-u"]
-        self.process = multiprocessing.get_context("fork").Process(target=self.work, args=(words, env))
-        self.process.start()
+        self.process = fork(self.work, words, env)
         self.pid = self.process.pid
         os.setpgid(self.pid, self.pid)  # here too: torchrun ends the group, which may be at once
 
@@ -144,13 +151,11 @@ def serve():
         if module.name.split(".")[-1] not in COMMANDS | {"_modidx"}:
             importlib.import_module(module.name)
     while line := sys.stdin.readline():
-        child = os.fork()
-        if not child:
-            return json.loads(line)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        child = fork(become, json.loads(line))
+        print(child.pid, flush=True)
+        child.join()
+        print(child.exitcode, flush=True)
 
 
 if __name__ == "__main__":
-    if found := serve():
-        become(found)
+    serve()
