@@ -14,6 +14,7 @@ from .distributed import gather_rows, shard
 from .finetune import autocast, load_state, save_state
 from .lora import merged
 from .mdp import rollout
+from .portions import in_portions, spoken_seconds
 from .rewards.queue import ScoringQueue
 
 # %% ../nbs/40b_checkpoints.ipynb #eaa1d6fb
@@ -54,7 +55,8 @@ def heldout_reward(tuner, texts: list) -> dict:
     c, rows = tuner.config, []
     local = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
     with ScoringQueue(tuner.reward, patience=c.reward_patience) as queue, autocast(tuner):
-        for pairs in (local[i : i + c.micro_batch] for i in range(0, len(local), c.micro_batch)):
+        seconds = lambda: spoken_seconds(tuner.model, tuner.model.encode([text for _, text in local]))
+        for pairs in in_portions(local, c.micro_batch, seconds):
             places, spoken = map(list, zip(*pairs))
             ids, key = tuner.model.encode(spoken), (c.seed, "heldout")
             t = rollout(tuner.model, tuner.schedule, spoken, ids, [1], key, indices=places)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OLD_NAMES', 'OLD_VALUES', 'AT_LEAST_ONE', 'ABOVE_ZERO', 'FinetuneSettings', 'renamed', 'preset_of', 'applicable',
-           'check_options', 'FinetuneConfig', 'check_batch', 'check_steps', 'check_denoising', 'owners', 'source_of',
-           'comment_of', 'option_fields', 'todays_flags', 'check_names', 'from_flags']
+           'check_options', 'FinetuneConfig', 'seconds_held', 'check_batch', 'check_steps', 'check_denoising', 'owners',
+           'source_of', 'comment_of', 'option_fields', 'todays_flags', 'check_names', 'from_flags']
 
 # %% ../nbs/39a_config.ipynb #4eda0fa9
 import inspect
@@ -39,9 +39,9 @@ class FinetuneSettings:
     episodes: int = 20  # updates, each on a fresh batch of rollouts
     batch_size: int = 32  # rollouts per episode (texts x group size)
     group_size: int = 8  # rollouts per text
-    # rollouts held in memory at once, whole groups;
-    # those of equal length (a group) are one call of the network; the result is the same
-    micro_batch: int = 8
+    # what is held in memory at once: a number of rollouts, or seconds of their audio, such as 40s;
+    # whole groups, one at least; the result is the same
+    micro_batch: int | str = 8
     fork: int = 3  # rollouts of a text share the chain above this step; 0: each runs its own chain
     rollout_steps: int = 10  # K, denoising steps of a rollout
     spacing: Literal["geometric", "trailing"] = "geometric"  # how the K steps are chosen
@@ -181,13 +181,26 @@ class FinetuneConfig(FinetuneSettings):
 
 # %% ../nbs/39a_config.ipynb #5a396f9c
 AT_LEAST_ONE = (
-    "episodes", "batch_size", "group_size", "micro_batch", "denoising_steps", "inner_epochs", "max_skipped",
+    "episodes", "batch_size", "group_size", "denoising_steps", "inner_epochs", "max_skipped",
 )  # fmt: skip
 ABOVE_ZERO = ("learning_rate", "max_grad_norm", "lora_alpha", "reward_patience")
 
 
+def seconds_held(micro_batch) -> float:
+    """Seconds of audio of a micro-batch such as 40s; 0.0 where it is a number of rollouts.
+    Raises UserError if it is neither."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)s", str(micro_batch))
+    if (float(found[1]) if found else micro_batch if isinstance(micro_batch, int) else 0) <= 0:
+        raise UserError(
+            f"--micro-batch {micro_batch} is neither a number of rollouts, such as 8, nor seconds of audio, "
+            "such as 40s"
+        )
+    return float(found[1]) if found else 0.0
+
+
 def check_batch(c):
     "Raises UserError if sizes do not fit each other."
+    seconds_held(c.micro_batch)
     if min(c.denoising_frames, c.duration_weight, c.lora_rank) < 0:
         raise UserError("--denoising-frames, --duration-weight and --lora-rank must not be negative.")
     if c.lora_rank and c.trainable == "all":

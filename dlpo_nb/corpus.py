@@ -8,8 +8,8 @@ __all__ = ['HOP', 'FRAME_RATE', 'FINAL_PAUSE', 'HELD', 'ends_in_pause', 'keep_ut
 
 # %% ../nbs/03_corpus.ipynb #7bd46187
 import itertools
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -133,12 +133,23 @@ class Corpus:
     "A sequence of `Item`; a slice of it is a corpus of the same items."
 
     items: list[Item]
+    coming: dict[int, Future] = field(default_factory=dict, repr=False, compare=False)  # see `read_ahead`
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        return Corpus(self.items[index]) if isinstance(index, slice) else self.items[index]
+        if isinstance(index, slice):
+            return Corpus(self.items[index])
+        return self.coming[index].result() if index in self.coming else self.items[index]
+
+    def read_ahead(self, places: list[int]):
+        "Begin to read the items at these places from disk, in the background; those of before are let go."
+        self.coming.clear()
+        pool, read = ThreadPoolExecutor(2), lambda item: replace(item, held=item.audio)
+        for place in {place: 0 for place in places if self.items[place].held is None}:
+            self.coming[place] = pool.submit(read, self.items[place])
+        pool.shutdown(wait=False)
 
     @property
     def hours(self):

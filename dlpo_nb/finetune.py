@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .config import FinetuneConfig
 from .core import UserError, counted, keyed_generator, save_tensors
-from .denoising import denoising_losses, recorded_loss
+from .denoising import denoising_losses, read_ahead, recorded_loss
 from .distributed import abort_all, gather_rows, rank
 from .gradients import Gradients, Log
 from .lora import Reference, add_lora
@@ -48,6 +48,7 @@ class Loop:
     def episode(self) -> dict:
         "Run the next episode: one batch of fresh speech, and what is learnt from it; returns its metrics."
         e, watch = self.next_episode, Stopwatch(self.device)
+        read_ahead(self, e)
         with ScoringQueue(self.reward, patience=self.config.reward_patience) as queue, autocast(self):
             rollouts = collect(self, e, queue)  # each is scored in the background while the next is sampled
             watch.lap("rollout")

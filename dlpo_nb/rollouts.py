@@ -15,6 +15,7 @@ from .distributed import all_gather, gather_rows, shard, world_size
 from .mdp import Trajectory, draw_steps, rollout
 from .objectives import advantages
 from .policy import Conditioning
+from .portions import in_portions, spoken_seconds
 from .rewards.base import as_reward
 from .rewards.queue import ScoringQueue
 
@@ -42,8 +43,9 @@ def micro_batches(tuner, e) -> list:
     """This process's texts of episode e as lists of (place in the batch, index of the text),
     similar lengths together."""
     chosen = sorted(enumerate(texts_of_episode(tuner, e)), key=lambda pair: len(tuner.ids[pair[1]]))
-    local, size = shard(chosen), max(1, tuner.config.micro_batch // tuner.config.group_size)
-    return [local[i : i + size] for i in range(0, len(local), size)]
+    local, c = shard(chosen), tuner.config
+    seconds = lambda: spoken_seconds(tuner.model, [tuner.ids[i] for _, i in local])
+    return in_portions(local, c.micro_batch, seconds, each=c.group_size)
 
 
 def collect(tuner, e, queue=None) -> list:

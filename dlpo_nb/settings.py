@@ -126,14 +126,14 @@ PRESETS = {  # settings by their flat names; a method takes those that it has, a
     "paper": dict(
         base_checkpoint="", texts="", corpus="", heldout_texts="", heldout=200, max_words=0,
         reward="utmos + 0*nisqa", beta=1.0, denoising_steps=10, train_steps="random:10", rollout_steps=1000,
-        spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch=4, advantage="batch",
-        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32,
+        spacing="trailing", fork=0, batch_size=64, group_size=1, micro_batch="40s", advantage="batch",
+        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32, precision="bfloat16",
     ),
     "gradtts": dict(
         base_checkpoint="", texts="", heldout_texts="", heldout=200, max_words=0, reward="utmos + 0*nisqa",
         denoising_source="sample", denoising_frames=0, beta=1.0, denoising_steps=10, train_steps="random:10",
-        rollout_steps=50, spacing="trailing", fork=0, batch_size=64, group_size=8, micro_batch=8,
-        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32,
+        rollout_steps=50, spacing="trailing", fork=0, batch_size=64, group_size=8, micro_batch="40s",
+        episodes=160, learning_rate=3e-5, watch_every=10, watch_texts=32, precision="bfloat16",
     ),
 }  # fmt: skip
 TUNES = dict.fromkeys(PRESETS, "wavegrad2") | {"tiny": "gradtts", "gradtts": "gradtts"}  # kinds of policies

@@ -15,7 +15,7 @@ import torch
 
 from dlpo_nb import data as dd
 from dlpo_nb.core import UserError, read_jsonl
-from dlpo_nb.corpus import bucketed_batches, collate, load_corpus
+from dlpo_nb.corpus import bucketed_batches, collate, load_corpus, read_flac
 from dlpo_nb.data import CorpusConfig, fragments, make_corpus
 from dlpo_nb.text import phones_to_ids
 
@@ -249,6 +249,27 @@ def test_a_large_corpus_stays_on_disk(data, tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(UserError, match="000002"):
         load_corpus(folder)
+
+
+def test_recordings_are_read_ahead(data, tmp_path, monkeypatch):
+    """In the background, each once; what cannot be read is said when it is asked for."""
+    held = load_corpus(data / "corpus_tiny")
+    held.read_ahead([0, 1])
+    assert not held.coming, "nothing is to be read"
+    monkeypatch.setattr("dlpo_nb.corpus.HELD", 0)
+    folder, read = corrupt_copy(data, tmp_path), []
+    corpus = load_corpus(folder)
+    monkeypatch.setattr(
+        "dlpo_nb.corpus.read_flac", lambda path, *_, **__: read.append(path.stem) or read_flac(path, *_, **__)
+    )
+    corpus.read_ahead([1, 3, 1])
+    assert all(np.array_equal(corpus[i].held, held[i].audio) for i in (1, 3)) and corpus[0].held is None
+    assert len(read) == 2
+    (folder / "audio" / "000002.flac").write_bytes(b"")
+    corpus.read_ahead([2])
+    assert set(corpus.coming) == {2} and corpus[1].held is None, "those of before are let go"
+    with pytest.raises(UserError, match="000002"):
+        corpus[2]
 
 
 def test_damaged_corpora_are_refused(data, tmp_path):

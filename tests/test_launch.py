@@ -13,6 +13,7 @@ import torch
 from dlpo_nb import launch as module
 from dlpo_nb.config import preset_of, renamed
 from dlpo_nb.core import UserError, asset, run_main
+from dlpo_nb.cost import fitting, kept_gb, shorter_chain
 from dlpo_nb.gradtts.model import GradTTS, GradTTSConfig
 from dlpo_nb.inputs import banner, load_all_texts, load_base, load_recordings, load_reward
 from dlpo_nb.judges import judge_options
@@ -22,7 +23,8 @@ from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.objectives.base import PolicyGradient
 from dlpo_nb.policies import load_policy
 from dlpo_nb.policy import recorded as recorded_items
-from dlpo_nb.settings import SAME_CONTENT, LaunchConfig, check_inputs, parse, recorded, stored_config
+from dlpo_nb.settings import SAME_CONTENT, LaunchConfig, check_inputs, parse, preset_settings, recorded
+from dlpo_nb.settings import stored_config
 from dlpo_nb.rewards.wer import WER
 from dlpo_nb.wavegrad2.model import load_wavegrad2
 
@@ -279,7 +281,18 @@ def test_dry_run_of_the_paper():
     """Nothing is given, so all of it is stood in for; what a CPU cannot run is scaled up."""
     done = launch("paper", "--dry-run", "--threads", "1")
     assert done.returncode == 0, done.stderr
-    for word in ("random weights", "64 texts x 1", "1000 trailing steps", "scaled up", "CPU-hours", "memory"):
+    for word in (
+        "random weights",
+        "64 texts x 1",
+        "1000 trailing steps",
+        "scaled up",
+        "episode 2 of 2",
+        "CPU-hours",
+        "memory",
+        "a card of 12 GB takes --micro-batch",
+        "drift",
+        "recordings",
+    ):
         assert word in done.stdout
     refused = launch("paper")
     assert (
@@ -287,6 +300,33 @@ def test_dry_run_of_the_paper():
         and all(word in refused.stderr for word in ("--base-checkpoint", "--corpus", "--dry-run"))
         and "Traceback" not in refused.stderr
     )
+
+
+def test_what_a_backward_pass_keeps():
+    """Of exp its result, of a product its factors; weights are there anyway."""
+    x, weight = torch.ones(1000, requires_grad=True), torch.ones(1000, requires_grad=True)
+    assert kept_gb(lambda: x.exp().exp(), []) == pytest.approx(8e-6)
+    assert kept_gb(lambda: (x.exp() * weight).sum(), [weight]) == pytest.approx(4e-6)
+
+
+def test_a_small_card_is_told_what_it_takes():
+    assert fitting(12, 2.0, 0.2) == "a card of 12 GB takes --micro-batch 46s"
+    assert "12 GB hold 4 s of audio at once" in fitting(12, 2.0, 2.0) and "hold 0 s" in fitting(12, 20.0, 1.0)
+
+
+def test_a_long_chain_is_cut_short_on_a_gpu():
+    """The batch is whole; of trained steps as many as there are in the shorter chain."""
+    flat = preset_settings("paper", "dlpo") | dict(base_checkpoint="tiny_base")
+    for steps, train, probed, factors in (
+        (1000, "random:10", "last:10", (50, 1, 1)),
+        (1000, "all", "last:19", (50, 1, 1009 / 29)),
+        (40, "all", "all", (1, 1, 1)),
+    ):
+        whole = LaunchConfig.of(**flat | dict(rollout_steps=steps, train_steps=train)).resolved()
+        config, texts, found = shorter_chain(whole, ["Rain."])
+        config.check()
+        assert (config.batch_size, config.train_steps, texts) == (64, probed, ["Rain."])
+        assert tuple(found.values()) == pytest.approx(factors)
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -1681,6 +1681,33 @@ def test_micro_batches_are_one_batch(method):
         assert stats == pytest.approx(found[0][1], rel=1e-10)
 
 
+def test_a_micro_batch_in_seconds_is_the_same_batch():
+    """As many texts as fit; one that is longer than a micro-batch goes alone."""
+    tuner, found = make("dlpo", batch_size=6, micro_batch=6), []
+    frames = collect(tuner, 0)[0].conditioning.frames  # of the three texts, each of which is spoken twice
+    _, two, three = (2 * frames.cumsum(0) / tuner.model.frame_rate).tolist()
+    for size, count in (
+        (6, 1),
+        (f"{1.01 * three:.9f}s", 1),
+        (f"{(two + three) / 2:.9f}s", 2),
+        ("0.000001s", 3),
+    ):
+        tuner = stray(make("dlpo", batch_size=6, micro_batch=size, denoising_steps=2))
+        trajectories = collect(tuner, 0)
+        assert len(trajectories) == count
+        found.append(gathered(tuner, trajectories, normal(6).abs()))
+    for gradients, stats in found[1:]:
+        for part in gradients.parts:
+            close(found[0][0].part(part), gradients.part(part), 1e-10)
+        assert stats == pytest.approx(found[0][1], rel=1e-10)
+
+
+@pytest.mark.parametrize("size", [0, -1, "s", "4 s", "0s", "many", "1e3", 1.5])
+def test_a_micro_batch_is_rollouts_or_seconds(size):
+    with pytest.raises(UserError, match=r"--micro-batch .* such as 8, nor seconds of audio, such as 40s"):
+        FinetuneConfig.of(micro_batch=size).check()
+
+
 @pytest.mark.parametrize("method", ["dlpo", "klinr"])
 def test_two_and_two_episodes_are_four(method, tmp_path):
     """45: weights, moments, running buffer and episode survive a file;

@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -396,6 +397,24 @@ def test_reward_worker_order_does_not_change_rewards_to_sample_pairing(workers):
         assert queue.collect().tolist() == []
     starts = [batch[0].item() for batch in tags.split(sizes)]
     assert sorted(finished) == pytest.approx(starts) and (finished == starts) == (workers == 1)
+
+
+def test_a_thread_is_used_again_unless_it_hangs():
+    """Of queues one after the other; what cuDNN remembers is a thread's own."""
+    threads = []
+
+    class Where(Loudest):
+        def score_clips(self, clips, sample_rate, texts):
+            threads.append(threading.get_ident())
+            if texts[0] == "never":
+                threading.Event().wait()
+            return super().score_clips(clips, sample_rate, texts)
+
+    for text in ("well", "well", "never", "well", "well"):
+        with ScoringQueue(Where(), patience=60 if text == "well" else 0.1) as queue:
+            queue.submit(voice(0.5)[None], torch.tensor([round(0.5 * RATE)]), RATE, [text])
+            assert queue.collect().isfinite().all() == (text == "well")
+    assert threads[0] == threads[1] == threads[2] != threads[3] == threads[4]
 
 
 def test_submitting_does_not_wait():

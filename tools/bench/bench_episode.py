@@ -25,10 +25,10 @@ from dlpo_nb.text import text_to_ids
 
 PHASES = ("rollout", "reward", "update")
 SETTINGS = {
-    "float32": dict(),
+    "float32": dict(precision="float32"),
     "bfloat16": dict(precision="bfloat16"),
     "bfloat16, all at once": dict(precision="bfloat16", micro_batch=64),
-    "bfloat16, 4 at once": dict(precision="bfloat16", micro_batch=4),
+    "bfloat16, a text at once": dict(precision="bfloat16", micro_batch=1),
     "bfloat16, rank 8": dict(precision="bfloat16", lora_rank=8),
 }
 

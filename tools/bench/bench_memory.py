@@ -45,7 +45,7 @@ def peak(options):
             train_steps="last:1",
             denoising_steps=1,
             denoising_frames=0,
-            **options | {"micro_batch": max(count, 1)},
+            **dict(precision="float32") | options | {"micro_batch": max(count, 1)},
         )
     ).resolved()
     model = stand_in_base()
