@@ -69,6 +69,9 @@ class FinetuneSettings:
     # of the network in rollouts and updates: float32 with all its digits, tf32 where a GPU has it, or
     # bfloat16 by autocast; log-probabilities are float64 either way
     precision: PRECISIONS = "float32"
+    # utterances of unequal length in one call of the network: one length after the other (alone), all on one
+    # axis (packed), or packed on an accelerator only; for policies that have the choice
+    batching: Literal["alone", "packed", "auto"] = "auto"
     deterministic: bool = False  # the same bits each time on a GPU, too; slower
     seed: int = 0  # of texts, noise and shuffling
     # seconds in which the reward has to answer, per micro-batch; else it has failed, as when it raises

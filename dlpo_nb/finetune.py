@@ -107,6 +107,7 @@ class Finetuner(Loop):
         self.config, self.reward, self.texts, self.corpus = config, reward, texts, corpus
         self.objective, self.device, self.ids = config.objective, torch.device(device), model.encode(texts)
         self.model = model.to(self.device).eval()  # no dropout: rollout and replay must agree
+        self.model.batching = config.batching
         self.reference = choose_trained(config, self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)

@@ -10,6 +10,7 @@ import torch
 
 from .distributed import all_reduce_sum, all_gather
 from .precision import without_autocast
+from .waiting import read_all
 
 # %% ../nbs/39c_gradients.ipynb #91655ad9
 class Gradients:
@@ -65,7 +66,8 @@ class Log:
 
     def add(self, weight: float, loss=0.0, stats: dict | None = None):
         "Enter a slice's loss and named statistics (numbers or 0-d), with its weight."
-        self.entries.append((weight, torch.as_tensor(loss).detach(), stats or {}))
+        named = {"loss": loss} | (stats or {})
+        self.entries.append((weight, {k: v.detach() if torch.is_tensor(v) else v for k, v in named.items()}))
 
     def add_rows(self, rows: list, values: torch.Tensor, count: int):  # values (b,)
         "Add one of `count` measurements at each place in the batch to their mean."
@@ -74,13 +76,11 @@ class Log:
 
     def means(self) -> dict:
         "The total loss, and the mean of each statistic over those slices that have it."
-        local = [
-            (weight, float(loss), {k: float(v) for k, v in stats.items()})
-            for weight, loss, stats in self.entries
-        ]
+        read = iter(read_all([value for _, named in self.entries for value in named.values()]))
+        local = [(weight, {name: next(read) for name in named}) for weight, named in self.entries]
         entries = [entry for part in all_gather(local) for entry in part]
-        means = {"loss": sum(weight * loss for weight, loss, _ in entries)}
-        for name in dict.fromkeys(name for _, _, numbers in entries for name in numbers):
-            pairs = [(weight, numbers[name]) for weight, _, numbers in entries if name in numbers]
+        means = {"loss": sum(weight * numbers["loss"] for weight, numbers in entries)}
+        for name in dict.fromkeys(name for _, numbers in entries for name in numbers if name != "loss"):
+            pairs = [(weight, numbers[name]) for weight, numbers in entries if name in numbers]
             means[name] = sum(weight * value for weight, value in pairs) / sum(weight for weight, _ in pairs)
         return means

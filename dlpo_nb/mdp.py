@@ -15,6 +15,7 @@ import torch
 from .core import UserError, keyed_generator
 from .policy import Conditioning, state_mask
 from .text import pad_ids
+from .waiting import on_host, send
 
 # %% ../nbs/10_mdp.ipynb #2bb50aaa
 def draw_steps(
@@ -101,7 +102,7 @@ def keyed_noise(
 ) -> torch.Tensor:  # (len(keys), max(sizes))
     "Standard normal noise, each item from the generator of its own key; 0 past an item's end."
     rows = [torch.randn(size, generator=keyed_generator(*key)) for key, size in zip(keys, sizes, strict=True)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return send(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), device)
 
 
 def step_noise(
@@ -122,9 +123,9 @@ def step_noise(
 def predict_noise(policy, schedule, x, conditioning, t):
     """The policy's noise (rows, N) in the states x (rows, N) of step t,
     whose rows are the B texts or all their members."""
-    hidden, frames = (spread(values, len(x)) for values in (conditioning.hidden, conditioning.frames))
+    said = conditioning.repeat(len(x) // len(conditioning.frames))
     level = x.new_full((len(x), 1), float(schedule.level(t)))  # written on the device, not sent there
-    return policy.predict_noise(x, hidden, level, frames=frames)
+    return policy.predict_noise(x, said.hidden, level, frames=said.frames)
 
 
 def action_log_prob(policy, schedule, x_t, x_prev, conditioning, t, reduction="mean"):
@@ -197,8 +198,8 @@ def rollout(
     device = next(policy.parameters()).device
     ids, lengths = (v.to(device) for v in pad_ids(ids))
     conditioning = policy.condition(ids, lengths)
-    sizes = conditioning.frames * policy.width
-    noise = partial(step_noise, key, indices, sizes.tolist(), group_size, fork=fork, device=device)
+    sizes = [n * policy.width for n in on_host(conditioning.frames)]
+    noise = partial(step_noise, key, indices, sizes, group_size, fork=fork, device=device)
     x_0, pairs = reverse_chain(policy, schedule, conditioning, noise, steps, reduction)
     audio, audio_lengths = policy.render(x_0, conditioning.repeat(group_size))
     x_t, x_prev, log_prob, clipped = zip(*pairs)
@@ -214,7 +215,7 @@ def rollout(
         log_prob=torch.stack(log_prob),
         reduction=reduction,
         x_0=x_0,
-        x_0_lengths=sizes.repeat_interleave(group_size),
+        x_0_lengths=conditioning.repeat(group_size).frames * policy.width,
         audio=audio,
         audio_lengths=audio_lengths,
         x0_clipped_share=float(torch.stack(clipped).mean()),
@@ -238,7 +239,11 @@ def replay(
 def select_text(t: Trajectory, i: int) -> Trajectory:
     "The i-th text of a trajectory alone, without the padding."
     G, B = t.group_size, len(t.indices)
-    members, size, samples = slice(i * G, (i + 1) * G), int(t.x_0_lengths[i * G]), int(t.audio_lengths[i * G])
+    members, size, samples = (
+        slice(i * G, (i + 1) * G),
+        on_host(t.x_0_lengths)[i * G],
+        on_host(t.audio_lengths)[i * G],
+    )
 
     def states(x):  # (B or B*G, N) -> (1 or G, size)
         rows = len(x) // B
@@ -272,6 +277,6 @@ def last_steps(
     weights, from the stored state and with the noise of the rollout."""
     conditioning = t.conditioning if conditioning is None else conditioning
     x = t.x_prev[t.steps.index(count)] if count in t.steps else t.x_t[t.steps.index(count - 1)]
-    sizes = t.x_0_lengths[:: t.group_size].tolist()
+    sizes = [n * policy.width for n in on_host(t.conditioning.frames)]
     noise = partial(step_noise, t.key, t.indices, sizes, t.group_size, fork=t.fork, device=x.device)
     return reverse_chain(policy, schedule, conditioning, noise, [], last=count, x=x)[0]

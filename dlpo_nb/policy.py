@@ -25,6 +25,7 @@ from .corpus import collate
 from .diffusion import NoiseSchedule
 from .precision import without_autocast
 from .text import pad_ids
+from .waiting import on_host, remember, send
 from .weights import NoInitialWeights, check_entries, read_weights, without_prefix, write_weights
 
 # %% ../nbs/04b_policy.ipynb #486671fc
@@ -39,21 +40,29 @@ class Conditioning:
     mask: torch.Tensor  # (B, L) bool, True at symbols
 
     def repeat(self, times: int):
-        "Each text `times` times, side by side: a batch of B * times."
-        return type(self)(*(getattr(self, f.name).repeat_interleave(times, 0) for f in fields(self)))
+        "Each text `times` times, side by side: a batch of B * times; the same object for each step of a chain."
+        made = self.__dict__.setdefault("repeated", {1: self})
+        if times not in made:
+            values = {f.name: getattr(self, f.name).repeat_interleave(times, 0) for f in fields(self)}
+            made[times] = type(self)(**values)
+            remember(made[times].frames, [n for n in on_host(self.frames) for _ in range(times)])
+        return made[times]
 
     def select(self, i: int):
         "The i-th text alone, a batch of 1 without padding."
-        row, symbols = slice(i, i + 1), int(self.mask[i].sum())
+        row, symbols, frames = slice(i, i + 1), int(self.mask[i].sum()), on_host(self.frames)[i]
         per_symbol = {name: getattr(self, name)[row, :symbols] for name in ("durations", "seconds", "mask")}
         return replace(
-            self, hidden=self.hidden[row, :, : int(self.frames[i])], frames=self.frames[row], **per_symbol
+            self,
+            hidden=self.hidden[row, :, :frames],
+            frames=remember(self.frames[row], [frames]),
+            **per_symbol,
         )
 
 
 def state_mask(frames: torch.Tensor, width: int) -> torch.Tensor:  # (B,) -> (B, max(frames) * width) float
     "1 on the numbers of state that belong to each item, 0 past its end."
-    positions = torch.arange(int(frames.max()) * width, device=frames.device)
+    positions = torch.arange(max(on_host(frames)) * width, device=frames.device)
     return (positions[None] < frames[:, None] * width).float()
 
 
@@ -135,6 +144,9 @@ class Policy(ConditionsExactly, nn.Module, ABC):
     sample_rate: int  # of the audio, Hz
     width: int  # numbers of state per frame
     frame_rate: float  # frames per second
+    batching = (
+        "auto"  # of utterances of unequal length, where it has a choice: alone, packed, or by the device
+    )
     reads_corpora = True  # whether its ids are those of the 151 symbols that corpora are written in
 
     def __init__(self, config):
@@ -242,7 +254,7 @@ def draw_noise(
             "give one generator for all, or one for each"
         )
     rows = [torch.randn(n, generator=g, device=g.device if g else "cpu") for n, g in zip(sizes, generators)]
-    return nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
+    return nn.utils.rnn.pad_sequence([send(row, device) for row in rows], batch_first=True)
 
 # %% ../nbs/04b_policy.ipynb #d3552413
 LONGEST_TEXT = 3000  # symbols, some four minutes of speech
@@ -282,7 +294,7 @@ def synthesise(
         return []
     device = next(policy.parameters()).device
     conditioning = policy.condition(*(v.to(device) for v in pad_ids(ids)), **options)
-    sizes = (conditioning.frames * policy.width).tolist()
+    sizes = [n * policy.width for n in on_host(conditioning.frames)]
     x = draw_noise(sizes, generator, device)
     for t in tqdm(range(schedule.num_steps - 1, -1, -1), disable=not progress, unit="step"):
         level = schedule.level(t).expand(len(x), 1)

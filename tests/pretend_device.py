@@ -1,5 +1,6 @@
 """An accelerator that is none: its tensors lie and are computed on the CPU, but say that they are elsewhere,
-refuse to be mixed with tensors that are not, and count what would make a GPU wait: copies to it, reads of it.
+refuse to be mixed with tensors that are not, and count what would make a GPU wait: copies to it that are not
+from pinned memory, reads of it.
 
 with Pretended() as gpu: Finetuner(..., device=DEVICE).episode(); gpu.waits"""
 
@@ -85,6 +86,10 @@ class Pretended(TorchFunctionMode):
         pretend = any(isinstance(value, There) for value in tensors)
         if name == "to":
             return self.moved(*args, **kwargs)
+        if name == "pin_memory":  # of which a device takes its copy when its turn comes
+            pinned = args[0].clone()
+            pinned.pinned = True
+            return pinned
         if is_place(kwargs.get("device")):
             return self.made(function, name, tensors, args, kwargs)
         if not pretend:
@@ -134,6 +139,7 @@ class Pretended(TorchFunctionMode):
         kind = kind if other is None else other.dtype
         found = tensor.to(kind)
         if place.type != tensor.device.type:
-            self.waits["to" if place.type == "cuda" else "cpu"] += 1
+            ahead = getattr(tensor, "pinned", False) and how.get("non_blocking")
+            self.waits["to" if place.type == "cuda" else "cpu"] += not ahead
             found = found.clone() if found is tensor else found
         return there(found) if place.type == "cuda" else found

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .sde import noise_of_score, time_of_level
+from ..waiting import on_host, send
 
 # %% ../../nbs/11c_gradtts_unet.ipynb #db32b261
 class Block(nn.Module):
@@ -161,10 +162,9 @@ class Decoder(nn.Module):
         frames: torch.Tensor,  # (B,)
     ) -> torch.Tensor:  # (B, T, bands), 0 past an item's end
         "Items of equal padded length in one call of the U-Net."
-        sizes = -(-frames // 4) * 4
-        eps = torch.zeros_like(y)
-        rows_of = [(size, (sizes == size).nonzero().flatten()) for size in sizes.unique().tolist()]
-        for size, rows in rows_of:
+        sizes, eps = [-(-n // 4) * 4 for n in on_host(frames)], torch.zeros_like(y)
+        for size in sorted(set(sizes)):
+            rows = send(torch.tensor([row for row, other in enumerate(sizes) if other == size]), y.device)
             part = self.predict_equal(y[rows], hidden[rows], level[rows], frames[rows], size)
             eps = eps.index_copy(0, rows, F.pad(part, (0, 0, 0, max(0, y.shape[1] - size)))[:, : y.shape[1]])
         return eps

@@ -144,7 +144,7 @@ class WaveGrad2(Policy):
 
     def predict_noise(self, x, hidden, level, frames=None):
         "Noise (B, N) in x (B, N), see `dlpo_nb.wavegrad2.decoder.predict_noise`."
-        return predict_noise(self.decoder, x, hidden, level, frames)
+        return predict_noise(self.decoder, x, hidden, level, frames, self.batching)
 
     def render(self, x_0, conditioning):
         return x_0.clamp(-1, AUDIO_MAX), conditioning.frames * self.hop

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..core import UserError
+from ..waiting import on_host
 from .encoder import length_mask, packed_lstm
 
 # %% ../../nbs/06_upsampling.ipynb #eae47365
@@ -117,7 +118,7 @@ class Resampling(nn.Module):
             )
         durations = durations.to(seconds.dtype) * mask
         frames = durations.sum(1).round().long().clamp(min=1)
-        size = int(frames.max())
+        size = max(on_host(frames))
         raw = self.range_parameter_predictor(torch.cat([memory, durations[..., None]], -1), lengths)
         sigma = torch.where(mask, nn.functional.softplus(raw), 1e-8)
         alignment = gaussian_alignment(durations, sigma, mask, size)
