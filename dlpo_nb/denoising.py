@@ -20,6 +20,7 @@ from .mdp import keyed_noise
 from .policy import masked_mean, recorded, state_mask
 from .portions import in_portions
 from .rollouts import current_conditioning
+from .waiting import on_host, remember, send
 
 # %% ../nbs/39e_denoising.ipynb #02b6e9d9
 def windowed_errors(
@@ -38,16 +39,18 @@ def windowed_errors(
     the same however the batch is divided. With an anchor, D is the squared error for every policy,
     and the shift is the squared difference of its prediction from the anchor's."""
     keys = [(*key, row) for row in (range(len(x_0)) if rows is None else rows)]
-    width = min(width or int(frames.max()), int(frames.max()))
-    index, start = window_draws(keys, frames, len(levels), width, t)
+    counts = on_host(frames)
+    width = min(width or max(counts), max(counts))
+    index, start = window_draws(keys, counts, len(levels), width, t)
 
     def window(values, scale=1):  # (B, ..., T * scale) -> (B, ..., width * scale)
         return torch.stack([row[..., scale * s : scale * (s + width)] for row, s in zip(values, start)])
 
-    size, level = policy.width, levels[index].to(x_0)
-    noise = keyed_noise(keys, (frames.clamp(max=width) * size).tolist(), x_0.device)
+    size, level = policy.width, send(levels[index], x_0.device).to(x_0.dtype)
+    noise = keyed_noise(keys, [min(n, width) * size for n in counts], x_0.device)
     # an utterance that ends inside the window ends there for the network too
-    inside = (frames - torch.tensor(start, device=frames.device)).clamp(max=width)
+    ends = [min(n - s, width) for n, s in zip(counts, start)]
+    inside = remember(send(torch.tensor(ends), x_0.device), ends)
     mask = window(state_mask(frames, size), size)
     noisy = level * window(x_0, size) + (1 - level**2).clamp(min=0).sqrt() * noise
     eps = policy.predict_noise(noisy, window(hidden), level, inside)
@@ -60,12 +63,12 @@ def windowed_errors(
     return tuple(masked_mean(error, mask, "none") for error in errors)
 
 
-def window_draws(keys, frames, levels, width, t=None):  # -> levels' indices (B, 1), first frames [B]
+def window_draws(keys, counts, levels, width, t=None):  # -> levels' indices (B, 1), first frames [B]
     "Where the window of each utterance begins, and at which level it is taken (`t`, where that is given)."
     generators = (keyed_generator(*k, "window") for k in keys)
     draws = torch.stack([torch.rand(2, generator=g, dtype=torch.float64) for g in generators])  # (B, 2)
     index = (draws[:, :1] * levels).long() if t is None else torch.full((len(keys), 1), t)
-    return index, (draws[:, 1] * ((frames.cpu() - width).clamp(min=0) + 1)).long().tolist()
+    return index, (draws[:, 1] * ((torch.tensor(counts) - width).clamp(min=0) + 1)).long().tolist()
 
 
 def windowed_loss(*arguments, **options) -> torch.Tensor:  # (B,) with gradient

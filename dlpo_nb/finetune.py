@@ -39,6 +39,7 @@ from .rewards.base import as_reward, check_gradient, with_slope
 from .rewards.queue import ScoringQueue
 from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics
 from .rollouts import score_audio, unfit_rewards
+from .waiting import send
 from .weights import load_plain
 
 # %% ../nbs/40_finetune.ipynb #e2686dad
@@ -175,7 +176,7 @@ def policy_slice(tuner, batch, t, s) -> Slice:
     log_prob, eps = replay(tuner.model, tuner.schedule, t, s, current_conditioning(tuner, t))
     kl = step_kl(tuner, t, s, eps, tuner.objective.kl_form) if "kl" in needs else None
     reference = reference_log_prob(tuner, t, s) if "reference" in needs else None
-    group = torch.tensor(t.rows, device=log_prob.device) // c.group_size
+    group = send(torch.tensor(t.rows) // c.group_size, log_prob.device)
     weight = tuner.step_weights[t.steps[s]] * len(t.x_0) / c.batch_size
     subtracted = None if batch.penalty is None else batch.penalty[t.rows]
     piece = Replay(

@@ -13,6 +13,7 @@ from .mdp import Trajectory, predict_noise, replay, select_text, spread
 from .objectives.base import kl_divergence
 from .policy import Conditioning, state_mask
 from .rollouts import current_conditioning, rows_of
+from .waiting import read_all
 
 # %% ../nbs/39f_reference.ipynb #481a8fcf
 def reference_conditioning(tuner, t: Trajectory) -> Conditioning:  # of its B texts
@@ -59,5 +60,5 @@ def kl_to_reference(tuner, trajectories) -> float:
     for t in (select_text(t, t.indices.index(0)) for t in trajectories if 0 in t.indices):
         for s in range(len(t.steps)):
             _, eps = replay(tuner.model, tuner.schedule, t, s, current_conditioning(tuner, t))
-            steps.append(float(step_kl(tuner, t, s, eps, reduction="mean").mean()))
-    return sum(map(sum, all_gather(steps)))
+            steps.append(step_kl(tuner, t, s, eps, reduction="mean").mean())
+    return sum(map(sum, all_gather(read_all(steps))))

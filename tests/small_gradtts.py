@@ -12,6 +12,9 @@ from dlpo_nb.vocoder import GriffinLim
 
 SIZES = dict(encoder_channels=16, decoder_channels=16, decoder_blocks=2)
 SMALL = GradTTSConfig.small(**SIZES)
+NARROW = dict(
+    encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16
+)
 
 
 def shrunk():
@@ -34,6 +37,14 @@ def make_gradtts(seed=0):
         ):
             layer.weight.normal_(std=0.05)
     voice.__dict__["vocoder"] = GriffinLim(voice.mel, iterations=2)
+    return voice
+
+
+def make_unet(seed=0):
+    """The released network, narrow, with random weights, heard through one iteration of Griffin-Lim."""
+    torch.manual_seed(seed)
+    voice = GradTTS(GradTTSConfig(**NARROW)).eval()
+    voice.__dict__["vocoder"] = GriffinLim(voice.mel, iterations=1)
     return voice
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from deterministic_weights import checksum, noise, waveform
 from gradtts_weights import fill
+from small_gradtts import NARROW
 from small_policy import TEXTS, make_corpus, make_rollout, make_tuner
 
 from dlpo_nb.core import UserError
@@ -39,9 +40,6 @@ from dlpo_nb.vocoder import (
 
 # of the reference outputs, ten times what a separate float32 implementation showed
 ENCODER, ESTIMATOR, STATES, LOSSES, MEL = 3e-5, 2e-4, 1e-4, 1e-5, 5e-4
-NARROW = dict(
-    encoder_channels=16, encoder_hidden=32, duration_hidden=16, encoder_layers=2, decoder_channels=16
-)
 
 
 @pytest.fixture(scope="module")
