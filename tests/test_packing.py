@@ -13,7 +13,7 @@ from dlpo_nb.waiting import on_host, read_all
 from dlpo_nb.wavegrad2 import decoder as decoders
 from dlpo_nb.wavegrad2.decoder import Decoder, predict_noise
 from dlpo_nb.wavegrad2.layers import Stretch
-from dlpo_nb.wavegrad2.packing import make_packing, parts
+from dlpo_nb.wavegrad2.packing import axis_parts, make_packing
 
 NARROW = dict(hidden_channels=6, first_up=8, up=(8, 8, 6, 4, 4), first_down=4, down=(4, 4, 6, 8))
 SHORT = dict(hidden_channels=6, first_up=8, up=(8, 4), first_down=4, down=(8,), factors=(3, 2))
@@ -74,7 +74,7 @@ def test_an_axis_of_several_parts():
     decoder, *given = case("two blocks", torch.float64)
     whole = predict_noise(decoder, *given, batching="packed")
     decoder.most = 10
-    assert list(parts(COUNTS, decoder.most)) == [(0, 2), (2, 3), (3, 4)]
+    assert list(axis_parts(COUNTS, decoder.most)) == [(0, 2), (2, 3), (3, 4)]
     assert near(predict_noise(decoder, *given, batching="packed"), whole, 1e-12)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..core import UserError
 from ..waiting import on_host, send
 from .layers import SLOPE, ActiveConv, Conv, Stretch, activate, shrink
-from .packing import add_vectors, make_packing, parts, with_borders
+from .packing import add_vectors, axis_parts, make_packing, with_borders
 
 # %% ../../nbs/07_decoder.ipynb #235a9dc0
 def level_embedding(
@@ -302,7 +302,7 @@ def predict_noise(
 def packed_noise(decoder, x, hidden, level, counts):
     "`predict_noise` of items of these frames, as many on one axis as it may have."
     made = []
-    for a, b in parts(counts, decoder.most):
+    for a, b in axis_parts(counts, decoder.most):
         packing = make_packing(tuple(counts[a:b]), hidden.shape[-1], decoder.gap, MULTIPLE, x.device)
         eps = decoder.estimate(x[a:b], hidden[a:b], level[a:b], packing)
         made.append(eps.masked_fill(packing.past.view(b - a, -1).repeat_interleave(decoder.hop, 1), 0))

@@ -46,10 +46,17 @@ def stretch(x, factor):
     if factor == 1:
         return x
     signal = x.squeeze(2).transpose(1, 2)
-    ends = torch.cat([signal[:, :1], signal, signal[:, -1:]], 1)  # N + 1 segments lie between these
-    place = torch.arange((1 - factor % 2) / 2, factor, device=x.device, dtype=x.dtype)[:, None] / factor
-    y = torch.lerp(ends[:, :-1, None], ends[:, 1:, None], place).flatten(1, 2)  # (B, (N + 1) * factor, C)
-    return y[:, factor - factor // 2 : -(factor // 2)].transpose(1, 2).unsqueeze(2)
+    y = signal.new_empty(len(signal), signal.shape[1], factor, signal.shape[2])  # (B, N, factor, C)
+    for p in range(factor):
+        beside = (p + 0.5) / factor - 0.5  # how far towards the next sample, or the one before
+        later, earlier = slice(1, None), slice(None, -1)
+        here, there, end = (later, earlier, 0) if beside < 0 else (earlier, later, -1)
+        y[:, end, p] = signal[:, end]
+        if torch.compiler.is_compiling():  # which writes in place by itself, and not where it is told to
+            y[:, here, p] = torch.lerp(signal[:, here], signal[:, there], abs(beside))
+        else:
+            torch.lerp(signal[:, here], signal[:, there], abs(beside), out=y[:, here, p])
+    return y.flatten(1, 2).transpose(1, 2).unsqueeze(2)
 
 # %% ../../nbs/06b_layers.ipynb #bcdd892d
 def stretch_backward(grad, factor):
@@ -57,7 +64,7 @@ def stretch_backward(grad, factor):
     grad = grad.squeeze(2).transpose(1, 2).unflatten(1, (-1, factor))  # (B, N, factor, C)
     to_x = torch.zeros_like(grad[:, :, 0])
     for p in range(factor):
-        beside = (p + 0.5) / factor - 0.5  # how far towards the next sample, or the one before
+        beside = (p + 0.5) / factor - 0.5
         to_x.add_(grad[:, :, p], alpha=1 - abs(beside))
         if beside < 0:
             to_x[:, :-1].add_(grad[:, 1:, p], alpha=-beside)
