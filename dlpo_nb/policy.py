@@ -40,7 +40,7 @@ class Conditioning:
     mask: torch.Tensor  # (B, L) bool, True at symbols
 
     def repeat(self, times: int):
-        "Each text `times` times, side by side: a batch of B * times; the same object for each step of a chain."
+        "Each text `times` times, side by side: a batch of B * times; the same object at each step."
         made = self.__dict__.setdefault("repeated", {1: self})
         if times not in made:
             values = {f.name: getattr(self, f.name).repeat_interleave(times, 0) for f in fields(self)}
@@ -65,7 +65,7 @@ def state_mask(frames: torch.Tensor, width: int) -> torch.Tensor:  # (B,) -> (B,
     positions = torch.arange(max(on_host(frames)) * width, device=frames.device)
     return (positions[None] < frames[:, None] * width).float()
 
-
+# %% ../nbs/04b_policy.ipynb #2c50bc15
 def check_symbols(ids, lengths, n_symbols):
     "Raises UserError if ids (B, L) and lengths (B,) are not a batch of symbols."
     if ids.ndim != 2 or lengths.shape != ids.shape[:1] or not ids.numel():
@@ -144,15 +144,12 @@ class Policy(ConditionsExactly, nn.Module, ABC):
     sample_rate: int  # of the audio, Hz
     width: int  # numbers of state per frame
     frame_rate: float  # frames per second
-    batching = (
-        "auto"  # of utterances of unequal length, where it has a choice: alone, packed, or by the device
-    )
+    batching = "auto"  # of unequal lengths, where it has a choice: alone, packed, or by the device
     reads_corpora = True  # whether its ids are those of the 151 symbols that corpora are written in
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.metadata = {}  # what the file that it was read from says about itself
+        self.config, self.metadata = config, {}  # metadata: what the file that it was read from says
 
     @abstractmethod
     def encode(self, texts: list) -> list:

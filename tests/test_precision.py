@@ -45,7 +45,7 @@ def test_without_autocast_takes_every_argument():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    "Stretching gives float32 under autocast, as some of CUDA's operations do; its convolutions want one type."
+    "Stretching gives float32 under autocast, as some CUDA operations do; its convolutions want one type."
     plain = layers.stretch
 
     def stretch(x, factor):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MULTIPLE', 'level_embedding', 'FiLM', 'Modulation', 'ActivatedConv', 'DownBlock', 'borders', 'stretched_conv',
-           'FirstBranch', 'SecondBranch', 'UpBlock', 'output_form', 'Decoder', 'predict_noise', 'packed_noise',
-           'check_counts']
+           'FirstBranch', 'SecondBranch', 'UpBlock', 'output_form', 'axis_limits', 'on_one_axis', 'Decoder',
+           'predict_noise', 'packed_noise', 'check_counts']
 
 # %% ../../nbs/07_decoder.ipynb #c99f947e
 import math
@@ -193,6 +193,22 @@ def output_form(
     variance = (level * data_std) ** 2 + noise_variance
     return variance.rsqrt(), noise_variance.sqrt() / variance, level * data_std * variance.rsqrt()
 
+# %% ../../nbs/07_decoder.ipynb #2e73eaf6
+def axis_limits(factors, channels, dilations):
+    """Of a packed axis for up-blocks with these factors, input channels (and one for the output) and
+    dilations: frames between two items, and how many frames give the largest signal 2^30 numbers."""
+    rates = [math.prod(factors[: i + 1]) for i in range(len(factors))]  # samples a frame, block by block
+    reach = max(max(4, *of_block) / rate for of_block, rate in zip(dilations, rates))  # 4: on the way down
+    return max(2, math.ceil(reach)), 2**30 // max(c * r for c, r in zip(channels, (*rates, rates[-1])))
+
+
+def on_one_axis(decoder, packing, x, hidden, level):
+    "The `network` of a decoder for padded items (B, N), (B, C, T), on the axis of their `Packing`."
+    axis = packing.pack(x.unflatten(1, (-1, decoder.hop))).flatten(1)
+    frames = packing.pack(hidden.transpose(1, 2)).transpose(1, 2)
+    noise = decoder.network(axis, frames, level, packing)
+    return packing.unpack(noise.unflatten(1, (-1, decoder.hop))).flatten(1)
+
 # %% ../../nbs/07_decoder.ipynb #5c2ca24c
 class Decoder(nn.Module):
     "WaveGrad's decoder: (noisy audio, hidden frames, level) to the noise. The defaults are WaveGrad 2 Base."
@@ -212,13 +228,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.hop, self.preconditioned, self.data_std = math.prod(factors), preconditioned, data_std
-        rates = [math.prod(factors[: i + 1]) for i in range(len(factors))]  # samples a frame, block by block
-        reach = max(
-            max(4, *d) / rate for d, rate in zip(up_dilations, rates)
-        )  # 4: the widest on the way down
-        self.gap = max(2, math.ceil(reach))  # frames between two items of a packed axis
-        widest = max(c * rate for c, rate in zip((first_up, *up), (*rates, rates[-1])))
-        self.most = 2**30 // widest  # frames of a packed axis, whose largest signal has 2^30 numbers then
+        self.gap, self.most = axis_limits(factors, (first_up, *up), up_dilations)
         down = (first_down, *down)
         self.ublock_preconv = Conv(hidden_channels, first_up, 3)
         self.ublocks = nn.ModuleList(
@@ -245,16 +255,9 @@ class Decoder(nn.Module):
             u = block(u, film, packing)
         return self.ublock_postconv(u, packing=packing)[:, 0, 0]
 
-    def packed(self, x, hidden, level, packing):
-        "`network` of padded items (B, N), (B, C, T), on the axis of their `Packing`."
-        axis = packing.pack(x.unflatten(1, (-1, self.hop))).flatten(1)
-        frames = packing.pack(hidden.transpose(1, 2)).transpose(1, 2)
-        noise = self.network(axis, frames, level, packing)
-        return packing.unpack(noise.unflatten(1, (-1, self.hop))).flatten(1)
-
     def estimate(self, x, hidden, level, packing=None):
         "The noise in x, at least in float32, of items of equal length, or on the axis of a `Packing`."
-        network = self.network if packing is None else partial(self.packed, packing=packing)
+        network = self.network if packing is None else partial(on_one_axis, self, packing)
         if not self.preconditioned:
             return network(x, hidden, level).to(x.dtype)
         inside, skip, gain = output_form(level, self.data_std)
