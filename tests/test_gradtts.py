@@ -8,7 +8,7 @@ import pytest
 import torch
 from deterministic_weights import checksum, noise, waveform
 from gradtts_weights import fill
-from small_gradtts import NARROW
+from small_gradtts import NARROW, make_unet
 from small_policy import TEXTS, make_corpus, make_rollout, make_tuner
 
 from dlpo_nb.core import UserError
@@ -454,6 +454,31 @@ def test_a_batch_is_its_items_alone(voice):
             replay(voice, schedule, chosen, 0)[0], chosen.log_prob[0], atol=1e-4, rtol=0
         )
     assert (together.x_0 * (1 - state_mask(together.x_0_lengths, 1)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unequal_lengths_share_a_call_of_the_unet(dtype):
+    """Each as if it were alone, with its gradients; what lies past its end is not heard."""
+    torch.manual_seed(0)
+    decoder, frames = make_unet().decoder.to(dtype), torch.tensor([13, 24, 7])
+    with torch.no_grad():
+        for name, value in decoder.named_parameters():
+            if name.endswith(".fn.g"):  # gains of the attention
+                value.fill_(0.3)
+    y, hidden = torch.randn(3, 24, 80, dtype=dtype), torch.randn(3, 80, 24, dtype=dtype)
+    level, found = torch.tensor([[0.3], [0.6], [0.9]], dtype=dtype), []
+    for batching in ("alone", "packed"):
+        eps = decoder.predict_noise(y, hidden, level, frames, batching)
+        grads = torch.autograd.grad(
+            (eps * torch.linspace(0.2, 1, 80, dtype=dtype)).sum(), [*decoder.parameters()]
+        )
+        found.append([eps.detach(), *grads])
+        y[0, 13:], hidden[0, :, 13:] = 1e3, 1e3
+    scale = 1e-12 if dtype == torch.float64 else 2e-5  # thousands of places in a norm's sums
+    for alone, packed in zip(*found):
+        assert (packed - alone).abs().max() <= scale * alone.abs().max()
+        scale = max(scale, 1e-10 if dtype == torch.float64 else 1e-3)  # of the gradients
+    assert not found[1][0][0, 13:].any()
 
 
 def test_sound_and_state(voice):

@@ -1,5 +1,6 @@
 """What would run on a GPU runs on a device that is none: nothing mixes devices, and little waits."""
 
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,8 @@ from dlpo_nb.mdp import rollout
 from dlpo_nb.objectives import OBJECTIVES
 from dlpo_nb.pretrain import train_step, validate
 from dlpo_nb.pretrain_settings import PretrainConfig
+from dlpo_nb.rewards.distillmos import DistillMOS
+from dlpo_nb.rewards.utmos import UTMOS
 from dlpo_nb.training_run import Pretraining
 from dlpo_nb.wavegrad2 import decoder
 from dlpo_nb.wavegrad2.packing import make_packing
@@ -155,3 +158,18 @@ def test_utterances_share_an_axis(make, gpu):
         metrics = tuner_there(make, **options).episode()
     assert metrics["ratio/mean"] == 1.0 and metrics["grad_norm"] > 0
     assert made.called == (make is tiny)
+
+
+@pytest.mark.parametrize("kind", [UTMOS, DistillMOS])
+def test_judges(kind, gpu, monkeypatch):
+    """Clips of two lengths get there what they get on the CPU."""
+    monkeypatch.setattr(sys.modules[kind.__module__], "pick_device", torch.device)
+    make = getattr(kind, "untrained", kind)
+    clips = [0.1 * torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (4000, 4000, 6000)]
+    scores = []
+    for device in ("cpu", DEVICE):
+        judge = make(device=device)
+        judge.batch_size = 2
+        scores.append(judge.score_clips(clips, 16000, [""] * 3))
+        assert next(judge.network.parameters()).device == judge.device == torch.device(device)
+    assert not isinstance(scores[1], There) and (scores[1] - scores[0]).abs().max() < 1e-3

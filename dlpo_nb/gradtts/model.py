@@ -105,7 +105,7 @@ class MelPolicy(Policy):
 
     mel: MelConfig
     stack: int  # mel frames per frame of state
-    decoder: nn.Module  # predict_noise(y (B, T, width), hidden, level, frames) -> (B, T, width)
+    decoder: nn.Module  # predict_noise(y (B, T, width), hidden, level, frames, batching) -> (B, T, width)
 
     def set_mel(self, mel, stack):
         "Say what the state is, and how it is heard: by the configuration's vocoder, or `default_vocoder`."
@@ -156,7 +156,8 @@ class MelPolicy(Policy):
         y = x.to(
             torch.promote_types(x.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         )
-        eps = self.decoder.predict_noise(y.unflatten(1, (-1, self.width)), hidden, level.to(y.device), frames)
+        states, level = y.unflatten(1, (-1, self.width)), level.to(y.device)
+        eps = self.decoder.predict_noise(states, hidden, level, frames, self.batching)
         inside = torch.arange(eps.shape[1], device=y.device) < frames[:, None]
         return (eps * inside[..., None]).flatten(1)
 

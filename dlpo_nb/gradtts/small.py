@@ -136,8 +136,8 @@ class Decoder(nn.Module):
             x = block(x, mask, e)
         return self.leave(self.norm(x)) + self.gain(e) * y
 
-    def predict_noise(self, y, hidden, level, frames):  # as `forward`
-        "The noise (B, T, width) that v implies."
+    def predict_noise(self, y, hidden, level, frames, batching="auto"):  # as `forward`
+        "The noise (B, T, width) that v implies; its masks let all lengths share a call in any `batching`."
         v = self(y, hidden, level, frames).to(y.dtype)
         level = level.to(y.dtype).unsqueeze(-1)
         return (1 - level.square()).sqrt() * y + level * v

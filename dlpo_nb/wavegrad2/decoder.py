@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core import UserError
-from ..waiting import on_host, send
+from ..waiting import on_host, send, shares_calls
 from .layers import SLOPE, ActiveConv, Conv, Stretch, activate, shrink
 from .packing import add_vectors, axis_parts, make_packing, with_borders
 
@@ -292,7 +292,7 @@ def predict_noise(
     counts = check_counts([size] * len(x) if frames is None else on_host(frames), len(x), size)
     if min(counts) == size:
         return decoder.estimate(x, hidden, level)
-    if batching == "packed" or batching == "auto" and x.device.type != "cpu":
+    if shares_calls(batching, x.device):
         return packed_noise(decoder, x, hidden, level, counts)
     eps = torch.zeros_like(x)
     for n in sorted(set(counts)):
