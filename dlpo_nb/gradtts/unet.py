@@ -18,7 +18,7 @@ from ..waiting import on_host, remember, send, shares_calls
 
 # %% ../../nbs/11c_gradtts_unet.ipynb #db32b261
 def norm_inside(norm, x, own=None):
-    "A group norm of x (B, C, bands, T), with the statistics of each item's own places (B, 1, 1, T), None: all."
+    "A group norm of x (B, C, bands, T), whose statistics are those of each item's own places (B, 1, 1, T)."
     if own is None:
         return norm(x)
     groups, inside = x.unflatten(1, (norm.num_groups, -1)), own[:, None]
