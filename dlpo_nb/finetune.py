@@ -133,8 +133,11 @@ class Finetuner(Loop):
 
     def state_dict(self):
         "All that is needed to resume."
-        states = {name: getattr(self, name).state_dict() for name in ("model", "optimiser", "buffer")}
-        return states | {
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "model": {name: value for name, value in self.model.state_dict().items() if name in trained},
+            "optimiser": self.optimiser.state_dict(),
+            "buffer": self.buffer.state_dict(),
             "reward": as_reward(self.reward).state_dict(),
             "next_episode": self.next_episode,
             "skipped": self.skipped,
@@ -143,8 +146,12 @@ class Finetuner(Loop):
 
     def load_state_dict(self, state):
         "Resume from a `state_dict`."
-        for name in ("model", "optimiser", "buffer"):
+        for name in ("optimiser", "buffer"):
             getattr(self, name).load_state_dict(state[name])
+        unknown = self.model.load_state_dict(state["model"], strict=False).unexpected_keys
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        if unknown or trained - set(state["model"]):  # what is frozen is the base's, and in older states
+            raise ValueError("the state of another model")
         as_reward(self.reward).load_state_dict(state["reward"])
         for group in self.optimiser.param_groups:  # may be another one than before
             group["lr"] = self.config.learning_rate

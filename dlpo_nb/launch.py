@@ -25,7 +25,7 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
 from .ceilings import ceilings, heard_as
-from .checkpoints import heldout_reward, keep_best, load_last, save_last
+from .checkpoints import BackgroundSaving, heldout_reward, keep_best, load_last
 from .collapse import CollapseWatch, collapse_signs
 from .core import RunDir, UserError, asset, counted, run_main, split_lines
 from .cost import dry_run
@@ -165,6 +165,7 @@ def metadata(config):
 def train(tuner, run, config, watched=()):
     "Run the episodes, writing metrics and state after each; run: None in the processes that do not write."
     board = open_board(run.path / "tensorboard", tuner.next_episode) if run else None
+    saving = BackgroundSaving(run.path / "checkpoints") if run else None
     watch = (
         CollapseWatch(run.metrics() if tuner.next_episode else (), config.on_collapse == "stop")
         if run
@@ -177,10 +178,11 @@ def train(tuner, run, config, watched=()):
         on_first_rank(lambda: write(metrics))
 
     def write(metrics):
+        saving.wait()  # for the state of the episode before: best models must not run ahead of it
         run.append_metrics(metrics)
         if math.isfinite(metrics.get("reward/heldout", math.nan)) and as_reward(tuner.reward).settled:
             keep_best(tuner, run.path / "checkpoints", metrics["reward/heldout"], metadata(config))
-        save_last(tuner, run.path / "checkpoints")
+        saving.save(tuner)
         with contextlib.suppress(OSError):  # curves are a comfort; what a full disk must not take is above
             for name, value in metrics.items() if board else ():
                 board.add_scalar(name, value, metrics["episode"])
@@ -188,6 +190,7 @@ def train(tuner, run, config, watched=()):
 
     try:
         finetune(tuner, on_episode)
+        on_first_rank(lambda: saving.wait())
     except (KeyboardInterrupt, Terminated) as stop:
         where, how = run.path if run else config.out, f"{tuner.next_episode} of {config.episodes}"
         again = f"after episode {how}; resume it with --out {where} --resume"
@@ -199,6 +202,9 @@ def train(tuner, run, config, watched=()):
         with contextlib.suppress(OSError):  # the disk may be full, which was reported
             if board:
                 board.close()
+        with contextlib.suppress(UserError):
+            if saving:
+                saving.wait()
     if run:
         merged(tuner.model).save(run.path / "checkpoints" / "tuned.safetensors", metadata(config))
 

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ import torch
 from left_behind import left_behind, read
 from shared_work import MORE, reward
 from small_policy import TINY, make_model, spoken
+from torch.utils._pytree import tree_leaves
 
-from dlpo_nb.checkpoints import heldout_reward, keep_best, load_last, read_ranking, save_last, states
-from dlpo_nb.core import RunDir, UserError, read_jsonl
+from dlpo_nb.checkpoints import BackgroundSaving, heldout_reward, keep_best, load_last, read_ranking
+from dlpo_nb.checkpoints import save_last, states
+from dlpo_nb.core import RunDir, UserError, read_jsonl, save_tensors
 from dlpo_nb.locks import unlock_folders
 from dlpo_nb.finetune import Finetuner
 from dlpo_nb.launch import begin, train
@@ -165,6 +168,43 @@ def test_a_broken_state_gives_way_to_the_one_before(tmp_path):
     states(tmp_path)[1].write_bytes(b"half")
     with pytest.raises(UserError, match="cannot be read"):
         load_last(tuner, tmp_path)
+
+
+def test_a_state_is_written_in_the_background(tmp_path, monkeypatch):
+    """As it was when it was asked for; without what is frozen; what went wrong is said afterwards."""
+    tuner, saving, may = tuner_in(tmp_path), BackgroundSaving(tmp_path), threading.Event()
+    tuner.episode()
+    save_last(tuner, tmp_path)
+    written = torch.load(states(tmp_path)[0], weights_only=True)
+    monkeypatch.setattr("dlpo_nb.checkpoints.save_tensors", lambda *it: may.wait(60) and save_tensors(*it))
+    saving.save(tuner)
+    with torch.no_grad():
+        for p in tuner.parameters:
+            p.add_(1)
+    may.set()
+    saving.wait()
+    kept = torch.load(states(tmp_path)[0], weights_only=True)
+    pairs = list(zip(tree_leaves(kept), tree_leaves(written), strict=True))
+    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs) and len(pairs) > 50
+    assert {name.split(".")[0] for name in kept["model"]} == {"decoder"}
+    saving.folder = tmp_path / "none"
+    saving.save(tuner)
+    with pytest.raises(UserError, match="cannot write"):
+        saving.wait()
+
+
+def test_a_state_of_before_has_frozen_weights_too(tmp_path):
+    tuner = tuner_in(tmp_path)
+    tuner.episode()
+    state = tuner.state_dict()
+    save_tensors(state | dict(model=tuner.model.state_dict()), tmp_path / "state-000001.pt")
+    again = tuner_in(tmp_path)
+    assert load_last(again, tmp_path) and again.next_episode == 1
+    assert all(torch.equal(a, b) for a, b in zip(tuner.parameters, again.parameters))
+    for wrong in ({}, state["model"] | dict(other=torch.zeros(1))):
+        save_tensors(state | dict(model=wrong), tmp_path / "state-000001.pt")
+        with pytest.raises(UserError, match="cannot be read"):
+            load_last(again, tmp_path)
 
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path):
