@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'Terminated', 'raise_terminated',
-           'ending_on_sigterm', 'metadata', 'train', 'speak_heldout', 'evaluate_run', 'finish', 'rehearse', 'launch',
-           'run_job', 'carry_out', 'check_control', 'start_control', 'remark_on_failure', 'last_words',
-           'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
+           'ending_on_sigterm', 'metadata', 'close_quietly', 'train', 'speak_heldout', 'evaluate_run', 'finish',
+           'rehearse', 'launch', 'run_job', 'carry_out', 'check_control', 'start_control', 'remark_on_failure',
+           'last_words', 'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
 
 # %% ../nbs/54_launch.ipynb #da332b6f
 import contextlib
@@ -162,6 +162,16 @@ def metadata(config):
     }
 
 
+def close_quietly(board, saving):
+    "End what a run writes besides; what goes wrong on a full disk was reported."
+    with contextlib.suppress(UserError):
+        if saving:
+            saving.wait()
+    with contextlib.suppress(OSError):
+        if board:
+            board.close()
+
+
 def train(tuner, run, config, watched=()):
     "Run the episodes, writing metrics and state after each; run: None in the processes that do not write."
     board = open_board(run.path / "tensorboard", tuner.next_episode) if run else None
@@ -199,12 +209,7 @@ def train(tuner, run, config, watched=()):
         print(f"\nstopped {again}", flush=True)
         raise
     finally:
-        with contextlib.suppress(OSError):  # the disk may be full, which was reported
-            if board:
-                board.close()
-        with contextlib.suppress(UserError):
-            if saving:
-                saving.wait()
+        close_quietly(board, saving)
     if run:
         merged(tuner.model).save(run.path / "checkpoints" / "tuned.safetensors", metadata(config))
 
