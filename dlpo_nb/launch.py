@@ -171,7 +171,7 @@ def close_quietly(board, saving):
         if board:
             board.close()
 
-
+# %% ../nbs/54_launch.ipynb #ed9f2cc2
 def train(tuner, run, config, watched=()):
     "Run the episodes, writing metrics and state after each; run: None in the processes that do not write."
     board = open_board(run.path / "tensorboard", tuner.next_episode) if run else None
