@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['is_resuming', 'refuse_second', 'open_run', 'new_folder', 'begin', 'Terminated', 'raise_terminated',
-           'ending_on_sigterm', 'metadata', 'close_quietly', 'train', 'speak_heldout', 'evaluate_run', 'finish',
-           'rehearse', 'launch', 'run_job', 'carry_out', 'check_control', 'start_control', 'remark_on_failure',
-           'last_words', 'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
+           'ending_on_sigterm', 'metadata', 'train', 'speak_heldout', 'evaluate_run', 'finish', 'rehearse', 'launch',
+           'run_job', 'carry_out', 'check_control', 'start_control', 'remark_on_failure', 'last_words',
+           'run_beside_control', 'lay_side_by_side', 'check_before', 'main']
 
 # %% ../nbs/54_launch.ipynb #da332b6f
 import contextlib
@@ -25,7 +25,7 @@ import torch
 
 from .audio import SAMPLE_RATE, read_audio, resample, write_audio
 from .ceilings import ceilings, heard_as
-from .checkpoints import BackgroundSaving, heldout_reward, keep_best, load_last
+from .checkpoints import BackgroundSaving, close_quietly, heldout_reward, keep_best, load_last
 from .collapse import CollapseWatch, collapse_signs
 from .core import RunDir, UserError, asset, counted, run_main, split_lines
 from .cost import dry_run
@@ -160,16 +160,6 @@ def metadata(config):
         "seed": config.seed,
         "episodes": config.episodes,
     }
-
-
-def close_quietly(board, saving):
-    "End what a run writes besides; what goes wrong on a full disk was reported."
-    with contextlib.suppress(UserError):
-        if saving:
-            saving.wait()
-    with contextlib.suppress(OSError):
-        if board:
-            board.close()
 
 # %% ../nbs/54_launch.ipynb #ed9f2cc2
 def train(tuner, run, config, watched=()):
