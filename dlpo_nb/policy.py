@@ -125,12 +125,12 @@ POLICIES = Registry("policy", check_policy)
 
 
 class ConditionsExactly:
-    "Of its subclasses: `condition` computes in the precision of the weights, under autocast too."
+    "Of its subclasses: `condition` and `analyse` compute in the precision of the weights, under autocast too."
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        if "condition" in vars(cls):
-            cls.condition = without_autocast(cls.condition)
+        for name in {"condition", "analyse"} & set(vars(cls)):
+            setattr(cls, name, without_autocast(getattr(cls, name)))
 
 # %% ../nbs/04b_policy.ipynb #e18e79f7
 class Policy(ConditionsExactly, nn.Module, ABC):

@@ -65,7 +65,7 @@ def test_a_timeline_has_gaps_and_copies(light):
 def test_first_light_on_a_cpu(light, tmp_path):
     """At the smallest sizes, one step of each kind to its end."""
     chosen = ["doctor", "wavegrad2 bfloat16", "ceilings", "gradtts together", "base float32", "profile"]
-    chosen += ["gradtts rerun"]
+    chosen += ["gradtts rerun", "gradtts bfloat16"]
     done = subprocess.run(
         ["bash", ROOT / "tools" / "gpu" / "first_light.sh", tmp_path, "--tiny", "--minutes", "60"]
         + ["--patience", "900", "--steps", *chosen],

@@ -112,6 +112,17 @@ def test_conditioning_is_not_subject_to_autocast(make):
     assert torch.equal(inside.frames, plain.frames) and inside.hidden.dtype == plain.hidden.dtype
 
 
+def test_recordings_are_not_subject_to_autocast():
+    """Those of a mel spectrogram, whose filters are a product."""
+    policy, draw = make_gradtts(), torch.Generator().manual_seed(0)
+    said = policy.condition(*pad_ids(policy.encode(TEXTS)))
+    audio = torch.randn(len(TEXTS), int(said.frames.max()) * policy.hop, generator=draw)
+    plain = policy.analyse(audio, said)
+    with half():
+        inside = policy.analyse(audio, said)
+    assert torch.equal(inside, plain) and inside.dtype == torch.float32
+
+
 def test_a_policy_of_ones_own_is_conditioned_without_autocast():
     class Own(make_toy_mel().__class__):
         def condition(self, ids, lengths, durations=None):
