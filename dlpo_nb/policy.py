@@ -125,7 +125,7 @@ POLICIES = Registry("policy", check_policy)
 
 
 class ConditionsExactly:
-    "Of its subclasses: `condition` and `analyse` compute in the precision of the weights, under autocast too."
+    "Of its subclasses: `condition` and `analyse` compute in the weights' precision, under autocast too."
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
