@@ -41,7 +41,9 @@ class Conditioning:
 
     def repeat(self, times: int):
         "Each text `times` times, side by side: a batch of B * times; the same object at each step."
-        made = self.__dict__.setdefault("repeated", {1: self})
+        if times == 1:
+            return self
+        made = self.__dict__.setdefault("repeated", {})
         if times not in made:
             values = {f.name: getattr(self, f.name).repeat_interleave(times, 0) for f in fields(self)}
             made[times] = type(self)(**values)
