@@ -66,7 +66,8 @@ class CollapseWatch:
     def __call__(self, metrics: dict):
         """Take in the metrics of an episode; says on stderr what has newly left its limits.
         Raises UserError if it is to stop."""
-        self.rows.append(metrics)
+        # only what is looked at: whole rows of a long run take megabytes
+        self.rows.append({name: metrics[name] for name in LIMITS if name in metrics})
         signs = {name: sign for name, sign in collapse_signs(self.rows).items() if name not in self.told}
         if not signs:
             return
