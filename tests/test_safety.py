@@ -228,6 +228,14 @@ def test_a_young_run_and_one_that_logs_less_have_no_signs():
     assert set(LIMITS) == set(HEALTHY)
 
 
+def test_a_long_run_is_watched_by_its_first_and_last_episodes():
+    watch, rows = CollapseWatch(), history(500)
+    for row in rows:
+        watch(row | {"audio/rms_db": -26 + row["episode"] / 100})
+    assert all(len(kept) == 2 * WINDOW for kept in watch.values.values())
+    assert watch.values["audio/rms_db"] == [-26 + e / 100 for e in (0, 1, 2, 497, 498, 499)]
+
+
 def test_a_sign_is_said_once_and_a_resumed_run_is_silent(capsys):
     watch, rows = CollapseWatch(), history(12, kl=5.0)
     for row in rows:
