@@ -1,11 +1,11 @@
 """WaveGrad 2: agreement with the released implementation, padding, precision, files."""
 
-import importlib.util
 import json
 import os
 import pickle
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dlpo_nb.core import UserError
 from dlpo_nb.diffusion import NoiseSchedule
-from dlpo_nb.wavegrad2.decoder import level_embedding
+from dlpo_nb.wavegrad2.plain import level_embedding, plain_noise
 from dlpo_nb.wavegrad2.encoder import length_mask
 from dlpo_nb.policy import denoising_loss, duration_loss
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
@@ -162,9 +162,9 @@ def test_decoder(base, ref, name):
 @pytest.mark.parametrize("name", ["step1", "step500", "step1000", "mixed"])
 @torch.no_grad()
 def test_plain_transcription(base, ref, name):
-    """What tools/bench compares our decoder with is the reference, too."""
-    plain = load_tool("plain_decoder").PlainDecoder(base.decoder.state_dict())
-    eps = plain(
+    """What our decoder is compared with, in notebook 07b and in tools/bench, is the reference, too."""
+    eps = plain_noise(
+        base.decoder.state_dict(),
         ref[f"dec_q_sample_{name}"],
         0.25 * noise((2, 576, 4), "ref/dec/hidden"),
         ref[f"dec_noise_level_{name}"],
@@ -172,27 +172,19 @@ def test_plain_transcription(base, ref, name):
     assert_near(eps, ref[f"dec_eps_{name}"], DECODER)
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(
-        name, Path(__file__).resolve().parents[1] / "tools" / "bench" / f"{name}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_gradients_against_plain_transcription():
     """Of the weights, the frames and the samples; long enough for the weights' gradient by taps."""
     model, grads = narrow().double(), {}
-    plain = load_tool("plain_decoder").PlainDecoder(model.decoder.state_dict())
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.decoder.named_parameters()}
     samples = torch.randn(2, 300 * 30).double()
     frames = torch.randn(2, 28, 30).double()
     level = torch.tensor([[0.3], [0.9]]).double()
-    for decode, decoder in ((model.predict_noise, model.decoder), (plain, plain)):
+    ours = dict(model.decoder.named_parameters())
+    for decode, parameters in ((model.predict_noise, ours), (partial(plain_noise, weights), weights)):
         x, hidden = samples.clone().requires_grad_(), frames.clone().requires_grad_()
         decode(x, hidden, level).square().mean().backward()
-        for key, value in [*decoder.named_parameters(), ("x", x), ("hidden", hidden)]:
-            grads.setdefault(key.replace("/", "."), []).append(value.grad)
+        for key, value in (parameters | dict(x=x, hidden=hidden)).items():
+            grads.setdefault(key, []).append(value.grad)
     for key, (ours, theirs) in grads.items():
         assert (ours - theirs).norm() < 1e-10 * theirs.norm(), key
 

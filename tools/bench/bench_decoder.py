@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from plain_decoder import PlainDecoder, PlainTables
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +27,7 @@ from deterministic_weights import weight_values  # noqa: E402
 from dlpo_nb.core import environment  # noqa: E402
 from dlpo_nb.diffusion import NoiseSchedule  # noqa: E402
 from dlpo_nb.wavegrad2.decoder import Decoder, predict_noise  # noqa: E402
+from dlpo_nb.wavegrad2.plain import plain_noise  # noqa: E402
 
 BETAS = torch.linspace(1e-6, 1e-2, 1000)
 
@@ -49,11 +50,31 @@ def signals(batch, frames):
     ]
 
 
+class PlainTables:
+    """The reference's float32 tables for betas (S,), and its reverse step."""
+
+    def __init__(self, betas):
+        kept = (1 - betas).cumprod(0)
+        before = torch.cat([torch.ones(1), kept[:-1]])
+        self.level = kept.sqrt()
+        self.of_x = (1 / kept).sqrt()
+        self.of_eps = (1 - kept).sqrt() * (1 / kept).sqrt()
+        self.of_x0 = betas * before.sqrt() / (1 - kept)
+        self.of_y = (1 - before) * (1 - betas).sqrt() / (1 - kept)
+        self.log_variance = (betas * (1 - before) / (1 - kept)).clamp(min=1e-20).log()
+
+    def step(self, decoder, y, hidden, t, z):
+        """The estimated noise, and y at step t - 1, (B, N) each, from y at step t and noise z."""
+        eps = decoder(y, hidden, self.level[t].expand(len(y), 1))
+        x0 = (self.of_x[t] * y - self.of_eps[t] * eps).clamp(-1, 1)
+        return eps, self.of_x0[t] * x0 + self.of_y[t] * y + (0.5 * self.log_variance[t]).exp() * z
+
+
 def sampling_steps(args):
     """{name: a call that gives the estimated noise and the next state, (B, N) each}:
     reverse step t = 500 of 1000."""
     ours = base_decoder()
-    plain = PlainDecoder(ours.state_dict())
+    plain = partial(plain_noise, ours.state_dict())
     tables = PlainTables(BETAS)
     schedule = NoiseSchedule.from_betas(BETAS, torch.float32)
     y, hidden, z = signals(args.batch, args.frames)
@@ -82,24 +103,24 @@ def training_steps(args, names=("plain", "ours", "ours bfloat16")):
     """{name: a call that gives the loss and leaves gradients in the weights}:
     L1 to given noise, gradients to weights and frames."""
     ours = base_decoder()
-    plain = PlainDecoder(ours.state_dict()) if "plain" in names else None
+    weights = {name: value.clone().requires_grad_() for name, value in ours.state_dict().items()}
+    weights = weights if "plain" in names else {}
     y, hidden, z = signals(args.batch, args.window)
     hidden.requires_grad_()
     level = torch.full((args.batch, 1), 0.6)
     decoders = {
-        "plain": lambda: plain(y, hidden, level),
+        "plain": lambda: plain_noise(weights, y, hidden, level),
         "ours": lambda: predict_noise(ours, y, hidden, level),
     }
 
     def step(name):
-        for owner in (ours, plain):
-            if owner is not None:
-                owner.zero_grad()
+        for p in (*ours.parameters(), *weights.values()):
+            p.grad = None
         with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in name):
             loss = (decoders[name.split()[0]]() - z).abs().mean()
         loss.backward()
-        owner = plain if name == "plain" else ours
-        return loss.item(), torch.stack([p.grad.norm() for p in owner.parameters()]).norm().item()
+        moved = weights.values() if name == "plain" else ours.parameters()
+        return loss.item(), torch.stack([p.grad.norm() for p in moved]).norm().item()
 
     return {name: lambda name=name: step(name) for name in names}
 
