@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .core import UserError
+from .distributed import gather_rows, shard
 from .denoising import grid_level, recorded_batch, windowed_loss
 from .finetune import autocast, replayed_reward
 from .gradients import Gradients
@@ -119,31 +120,31 @@ def reward_gradients(tuner, counts: list, episode: int = 0, progress=False) -> d
 # %% ../nbs/43_diagnostics.ipynb #3b7e3ee5
 @torch.no_grad()
 def drift(tuner, texts: list) -> dict:
-    """How far the policy has gone: exact KL to the base per number of the state, over all actions,
-    and D of both on the same recordings."""
+    """How far the policy has gone: exact KL to the base per number of the state, over all actions, and D of
+    both on the same recordings. Each process takes a part of the texts and recordings; all get the same."""
     with autocast(tuner):
         return {"kl": kl_of_all_steps(tuner, texts), "kl_texts": len(texts), **recorded_losses(tuner)}
 
 
 def kl_of_all_steps(tuner, texts) -> float:
     "The KL of `drift`, a mean over the texts."
-    steps, total = draw_steps("all", tuner.config.rollout_steps), 0.0
-    for n, text in enumerate(texts):
-        ids, key = tuner.model.encode([text]), (tuner.config.seed, "drift")
-        t = rollout(tuner.model, tuner.schedule, [text], ids, steps, key, indices=[n])
-        for s in range(len(steps)):
-            _, eps = replay(tuner.model, tuner.schedule, t, s)
-            total += float(step_kl(tuner, t, s, eps, reduction="mean").mean()) / len(texts)
-    return total
+    steps, mine, found = draw_steps("all", tuner.config.rollout_steps), shard(range(len(texts))), []
+    for n in mine:
+        ids, key = tuner.model.encode([texts[n]]), (tuner.config.seed, "drift")
+        t = rollout(tuner.model, tuner.schedule, [texts[n]], ids, steps, key, indices=[n])
+        noises = (replay(tuner.model, tuner.schedule, t, s)[1] for s in range(len(steps)))
+        found.append(sum(float(step_kl(tuner, t, s, eps, reduction="mean")) for s, eps in enumerate(noises)))
+    return gather_rows(mine, torch.tensor(found, dtype=torch.float64)).mean().item()
 
 
 def recorded_losses(tuner) -> dict:
     "D of base and tuned model on the same recordings; empty where there are none."
     c, key, measured = tuner.config, (tuner.config.seed, "drift"), {}
+    grid, rows = [grid_level(j, 10, len(tuner.levels)) for j in range(10)], shard(range(c.batch_size))
     for name, model in (("base", tuner.reference), ("tuned", tuner.model)) if tuner.corpus else ():
-        x_0, hidden, frames, _ = recorded_batch(tuner, *key, model=model)
+        x_0, hidden, frames, _ = recorded_batch(tuner, *key, rows=rows, model=model)
         state, width = (x_0, hidden, frames, tuner.levels), c.denoising_frames
-        grid = [grid_level(j, 10, len(tuner.levels)) for j in range(10)]
-        losses = [windowed_loss(model, *state, width, (*key, j), t).mean() for j, t in enumerate(grid)]
-        measured[f"diffusion_loss/{name}"] = float(torch.stack(losses).mean())
+        losses = [windowed_loss(model, *state, width, (*key, j), t, rows) for j, t in enumerate(grid)]
+        each = gather_rows(rows, torch.stack(losses, 1))  # (batch, levels)
+        measured[f"diffusion_loss/{name}"] = each.mean().item()
     return measured

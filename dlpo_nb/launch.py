@@ -235,8 +235,9 @@ def evaluate_run(run, audio, texts, judges, sample_rate) -> dict:
     return compare(rows["base"], rows["tuned"], audio["base"], audio["tuned"], sample_rate)
 
 
-def finish(tuner, run, config, heldout, audio, reward):
-    "Evaluate what base and tuned model say; write summary, table and report of a run after its episodes."
+def finish(tuner, run, config, heldout, audio, gone, reward):
+    """Evaluate what base and tuned model say; write summary, table and report of a run after its episodes,
+    with how far it has `gone` (`drift`)."""
     minutes = sum(m["seconds"] for m in run.metrics()) / 60
     signs = list(collapse_signs(run.metrics()).values())
     summary = {**metadata(config), "minutes": minutes, "heldout_texts": len(heldout), "collapse": signs}
@@ -244,7 +245,7 @@ def finish(tuner, run, config, heldout, audio, reward):
         judges, rate = evaluation_judges(config, reward), tuner.model.sample_rate
         summary["evaluation"] = evaluate_run(run, audio, heldout, judges, rate)
         summary["ceiling"] = ceilings(heard_as(tuner.model), judges, config)
-        summary["drift"] = drift(tuner, heldout[:8])
+        summary["drift"] = gone
     run.write_json("summary.json", summary)
     if heldout:
         print(format_table(summary))
@@ -319,7 +320,8 @@ def carry_out(preset, config, device):
     run = begin(preset, config, tuner, heldout, watched)
     train(tuner, run, config, watched)
     audio = speak_heldout(tuner, placed, heldout) if heldout else {}
-    on_first_rank(lambda: finish(tuner, run, placed, heldout, audio, reward))  # the others wait
+    gone = drift(tuner, heldout[:8]) if heldout else {}
+    on_first_rank(lambda: finish(tuner, run, placed, heldout, audio, gone, reward))  # the others wait
     return run
 
 # %% ../nbs/54_launch.ipynb #4bcc6c63

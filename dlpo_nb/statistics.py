@@ -283,7 +283,7 @@ def draw_bars(result, names):
 
     colours, columns, rows = colours_of(result), min(4, len(names)), math.ceil(len(names) / 4)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(1.2 + 2.6 * columns, 3 * rows), dpi=80, squeeze=False, layout="constrained"
+        rows, columns, figsize=(1.2 + 2.6 * columns, 3 * rows), dpi=100, squeeze=False, layout="constrained"
     )
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
@@ -330,7 +330,7 @@ def draw_leaderboard(result, y, x):
     import matplotlib.pyplot as plt
 
     colours, (mx, my) = colours_of(result), (result["measures"][name] for name in (x, y))
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=80, layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=100, layout="constrained")
     drawn = [s for s in my["systems"] if my["systems"][s]["n"] and mx["systems"][s]["n"]]
     for i, s in enumerate(drawn):
         (cx, low_x, high_x), (cy, low_y, high_y) = (

@@ -9,6 +9,7 @@ from small_policy import TEXTS, TINY, ConvPolicy, gradients_of, make_corpus, mak
 from toy_mel import make_toy_mel
 
 from dlpo_nb.checkpoints import heldout_reward
+from dlpo_nb.diagnostics import drift
 from dlpo_nb.distributed import join, leave, rank
 from dlpo_nb.heldout import synthesise_all
 from dlpo_nb.objectives import OBJECTIVES
@@ -99,6 +100,7 @@ if __name__ == "__main__":
         found |= {(method, kind): look(method, kind) for method in methods}
     tuner = tuner_of("dlpo", True)
     found["spoken"] = synthesise_all(make_model(), MORE, tuner.schedule, 0, batch_size=2, shared=True)
+    found["drift"] = [drift(tuner, MORE[:count]) for count in (3, 1)]  # parts that are unequal, and none
     if rank() == 0:
         torch.save(found, sys.argv[1])
     leave()

@@ -80,6 +80,12 @@ def test_what_is_evaluated_is_spoken_in_parts(both):
     assert len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two))
 
 
+def test_drift_is_measured_in_parts(both):
+    one, two = (found["drift"] for found in both)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-9) and a["kl"] > 0
+
+
 @pytest.mark.parametrize("method", OBJECTIVES.names())
 def test_the_log_is_that_of_the_whole_batch(method, both):
     one, two = (found[method, True] for found in both)
