@@ -38,7 +38,7 @@ from dlpo_nb.reference import (
 from .rewards.base import as_reward, check_gradient, with_slope
 from .rewards.queue import ScoringQueue
 from .rollouts import collect, current_conditioning, make_advantages, rollout_statistics
-from .rollouts import score_audio, unfit_rewards
+from .rollouts import score_audio, score_watching, unfit_rewards
 from .waiting import send
 from .weights import load_plain
 
@@ -50,17 +50,22 @@ class Loop:
         "Run the next episode: one batch of fresh speech, and what is learnt from it; returns its metrics."
         e, watch = self.next_episode, Stopwatch(self.device)
         read_ahead(self, e)
-        with ScoringQueue(self.reward, patience=self.config.reward_patience) as queue, autocast(self):
-            rollouts = collect(self, e, queue)  # each is scored in the background while the next is sampled
-            watch.lap("rollout")
-            rewards = score_audio(self, rollouts, queue)  # (batch,)
-        watch.lap("reward")
-        if why := unfit_rewards(rollouts, rewards, queue.last_failures):
-            advantages, stats = rewards * math.nan, skip_update(self, why)
-        else:
-            advantages = make_advantages(self, rewards, e)  # (batch,)
-            stats = self.update(rollouts, advantages.to(self.device), e)
-        watch.lap("update")
+        with ScoringQueue(self.reward, patience=self.config.reward_patience, watch_late=True) as queue:
+            with autocast(self):
+                rollouts = collect(
+                    self, e, queue
+                )  # each is scored in the background while the next is sampled
+                watch.lap("rollout")
+                rewards = score_audio(self, rollouts, queue)  # (batch,)
+            watch.lap("reward")
+            if why := unfit_rewards(rollouts, rewards, queue.last_failures):
+                advantages, stats = rewards * math.nan, skip_update(self, why)
+            else:
+                advantages = make_advantages(self, rewards, e)  # (batch,)
+                stats = self.update(rollouts, advantages.to(self.device), e)
+            watch.lap("update")
+            score_watching(rollouts, queue)
+            watch.lap("watching")
         self.next_episode += 1
         scores = reward_statistics(self, rewards, advantages)
         return {"episode": e} | scores | stats | rollout_statistics(self, rollouts, queue) | watch.seconds
@@ -77,8 +82,7 @@ class Loop:
                     gradients.add(loss, piece.weight)
                     log.add(piece.weight, loss.total, loss.stats | piece.stats)
             gradients.all_reduce()
-            norms = gradients.clip(self.config.max_grad_norm)
-            latest = log.means() | norms
+            latest = log.means() | gradients.clip(self.config.max_grad_norm)
             stats = latest | stats  # those of the first epoch stay: its weights are those that spoke
             if why := unfit_update(latest):
                 return stats | skip_update(self, why)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['text_indices', 'texts_of_episode', 'micro_batches', 'collect', 'rows_of', 'current_conditioning', 'score_audio',
-           'unfit_rewards', 'make_advantages', 'levels_of', 'rollout_statistics']
+           'gathered_scores', 'score_watching', 'unfit_rewards', 'make_advantages', 'levels_of', 'rollout_statistics']
 
 # %% ../nbs/39d_rollouts.ipynb #08e7a292
 import torch
@@ -16,7 +16,6 @@ from .mdp import Trajectory, draw_steps, rollout
 from .objectives import advantages
 from .policy import Conditioning
 from .portions import in_portions, spoken_seconds
-from .rewards.base import as_reward
 from .rewards.queue import ScoringQueue
 
 # %% ../nbs/39d_rollouts.ipynb #50997b01
@@ -93,9 +92,20 @@ def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) fl
             for t in trajectories:
                 queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, t.texts)
             return score_audio(tuner, trajectories, queue)
-    scores_and_failures = torch.cat([x.float() for x in queue.collect_parts()], 1)
+    return gathered_scores(trajectories, queue)
+
+
+def gathered_scores(trajectories, queue, late=False) -> torch.Tensor:  # (batch,)
+    "What all processes have scored since the last collecting; `late`: by the judges that only watch."
+    scores_and_failures = torch.cat([x.float() for x in queue.collect_parts(late)], 1)
     parts, failed = gather_rows(rows_of(trajectories), scores_and_failures).chunk(2, 1)
-    return as_reward(tuner.reward).combine(parts, failed.bool())
+    return queue.combine(parts, failed.bool(), late)
+
+
+def score_watching(trajectories, queue):
+    "Scores of the judges of weight 0, who have listened behind the others, for the log."
+    if queue.watches:
+        gathered_scores(trajectories, queue, late=True)
 
 
 def unfit_rewards(trajectories, rewards, failures=()) -> str:

@@ -42,7 +42,10 @@ class Long(Reward):
 
 def reward():
     return CombinedReward(
-        {"loud": 1.0, "long": -0.5}, {"loud": Loud(), "long": Long()}, normalise="z", warmup=8
+        {"loud": 1.0, "long": -0.5, "watching": 0.0},
+        {"loud": Loud(), "long": Long(), "watching": Long()},
+        normalise="z",
+        warmup=8,
     )
 
 

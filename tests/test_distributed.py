@@ -96,6 +96,7 @@ def test_the_log_is_that_of_the_whole_batch(method, both):
         "reward/heldout",
         "reward/heldout/loud",
         "reward/heldout/long",
+        "reward/heldout/watching",
     }
 
 

@@ -462,6 +462,64 @@ def test_failures_in_the_background_are_listed_by_place_in_the_answer():
     assert scores.argmin().item() in (1, 2) and len(reward.pop_components()) == 2
 
 
+class Order(Loudest):
+    """Says when it has scored what, and raises where it is told to."""
+
+    def __init__(self, name, seen, wrong=None):
+        self.name, self.seen, self.wrong = name, seen, wrong
+
+    def score_clips(self, clips, sample_rate, texts):
+        self.seen.append((self.name, texts[0]))
+        if texts[0] == self.wrong:
+            raise OSError("the disk is full")
+        return super().score_clips(clips, sample_rate, texts)
+
+
+def watched(seen, wrong=None):
+    rewards = {"watch": Order("watch", seen, wrong), "pay": Order("pay", seen)}
+    return CombinedReward({"watch": 0.0, "pay": 2.0}, rewards)
+
+
+@pytest.mark.parametrize("wrong", [None, "b"])
+def test_a_judge_that_pays_nothing_is_heard_last_and_spoils_nothing(wrong):
+    """Rewards come when those are in that pay; the log is that of all."""
+    seen, held = [], threading.Event()
+    reward = watched(seen, wrong)
+    reward.rewards["pay"].score_clips, pay = (
+        lambda *batch: held.wait(60) and pay(*batch),
+        reward.rewards["pay"].score_clips,
+    )
+    audio, lengths = voice(0.5)[None], torch.tensor([round(0.5 * RATE)])
+    with ScoringQueue(reward, patience=60, watch_late=True) as queue:
+        for text in "abc":
+            queue.submit(audio, lengths, RATE, [text])
+        held.set()
+        scores = queue.collect()
+        assert torch.allclose(scores, 2 * score(Loudest(), audio[0]).expand(3)) and not queue.last_failures
+        parts, failed = queue.collect_parts(late=True)
+        queue.combine(parts, failed, late=True)
+        assert [text for name, text in seen if name == "watch"] == list("abc")
+        assert seen.index(("pay", "c")) < seen.index(("watch", "a"))
+        assert [f.index for f in queue.last_failures] == ([1] if wrong else [])
+    means = reward.pop_components()
+    assert means["reward/pay"] == pytest.approx(float(scores[0]) / 2)
+    assert math.isnan(means["reward/watch"]) == bool(wrong) and not reward.pop_components()
+
+
+def test_all_is_one_sum_where_nobody_asks_for_the_late_ones():
+    seen = []
+    audio, lengths = voice(0.5)[None], torch.tensor([round(0.5 * RATE)])
+    with ScoringQueue(watched(seen)) as queue:
+        queue.submit(audio, lengths, RATE, ["a"])
+        assert torch.allclose(queue.collect(), 2 * score(Loudest(), audio[0])) and len(seen) == 2
+    nothing = CombinedReward(
+        {"a": 0.0}, {"a": Order("a", seen)}
+    )  # pays nothing at all: not a judge beside one
+    with ScoringQueue(nothing, watch_late=True) as queue:
+        queue.submit(audio, lengths, RATE, ["a"])
+        assert queue.collect().tolist() == [0.0] and not queue.watches
+
+
 def test_options_reach_their_part():
     assert get_reward("dnsmos", score="bak").score == "bak"
     assert get_reward("2*dnsmos", dnsmos={"score": "sig"}).rewards["dnsmos"].score == "sig"

@@ -112,6 +112,7 @@ class Summand:
         failed[[failure.index for failure in self.last_failures]] = True
         return scores[:, None], failed
 
+    watching = ()  # names of the parts of weight 0, which are logged and pay nothing
     settled = True  # whether the same parts will give the same score from now on
 
     @property

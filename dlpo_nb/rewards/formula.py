@@ -113,6 +113,16 @@ class WeightedParts(Reward):
         return [(w, self.rewards[name], name) for name, w in self.weights.items() if w]
 
     @property
+    def watching(self):
+        """Names of the parts of weight 0, which are logged and pay nothing; none where no part pays."""
+        return [name for name, w in self.weights.items() if not w] if any(self.weights.values()) else []
+
+    def of(self, names):
+        """The parts of these names as a sum of their own, to be scored apart."""
+        weights, rewards = ({name: kept[name] for name in names} for kept in (self.weights, self.rewards))
+        return CombinedReward(weights, rewards)
+
+    @property
     def differentiable(self):
         """Whether every part that counts is."""
         counting = self.counting()
@@ -144,7 +154,7 @@ class CombinedReward(WeightedParts):
             raise UserError(f"a sum of rewards is normalised by 'none' or 'z', not {normalise!r}")
         self.weights, self.rewards, self.components, self.warmup = dict(weights), dict(rewards), {}, warmup
         self.moments = {name: Moments() for name in self.rewards} if normalise == "z" else {}
-        self.sums, self.summed, part = dict.fromkeys(self.rewards, 0.0), 0, "z({})" if self.moments else "{}"
+        self.sums, part = dict.fromkeys(self.rewards, (0.0, 0)), "z({})" if self.moments else "{}"
         self.name = " ".join(
             f"{'-' if w < 0 else '+'} {abs(w):g}*{part.format(name)}" for name, w in self.weights.items()
         ).removeprefix("+ ")
@@ -169,23 +179,28 @@ class CombinedReward(WeightedParts):
         self.last_failures = [f._replace(reason=f"{name}: {f.reason}") for name, f in failures]
         return torch.cat([scores for scores, _ in scored], 1), torch.cat([failed for _, failed in scored], 1)
 
-    def combine(self, parts, failed):
-        """The weighted sum (B,) of parts (B, P); their statistics and means are taken here, in the order of
-        the rows."""
-        self.components = dict(zip(self.rewards, parts.unbind(1), strict=True))
-        self.sums = {name: total + float(self.components[name].sum()) for name, total in self.sums.items()}
-        self.summed += len(parts)
-        broken = dict(zip(self.rewards, failed.unbind(1)))
-        follow = lambda name, moments: moments.follow(self.components[name], broken[name], self.warmup)
-        scaled = self.components | {name: follow(name, moments) for name, moments in self.moments.items()}
-        return sum(self.weights[name] * scores for name, scores in scaled.items())
+    def combine(self, parts, failed, names=None):
+        """The weighted sum (B,) of parts (B, P), of all or of those of these names, in their order; their
+        statistics and means are taken here, in the order of the rows."""
+        names = list(self.rewards) if names is None else names
+        scores = dict(zip(names, parts.unbind(1), strict=True))
+        self.components = self.components | scores
+        for name, values in scores.items():
+            total, count = self.sums[name]
+            self.sums[name] = total + float(values.sum()), count + len(values)
+        for name, broken in zip(names, failed.unbind(1)):
+            if name in self.moments:
+                scores[name] = self.moments[name].follow(scores[name], broken, self.warmup)
+        pay = [
+            name for name in names if self.weights[name]
+        ] or names  # a judge that watches cannot spoil a sum
+        return sum(self.weights[name] * scores[name] for name in pay)
 
     def pop_components(self):
         """Means of the parts, as they are, since the last call of this: {"reward/NAME": mean}; {} where
         nothing was scored."""
-        count = self.summed
-        means = {f"reward/{name}": total / count for name, total in self.sums.items()} if count else {}
-        self.sums, self.summed = dict.fromkeys(self.rewards, 0.0), 0
+        means = {f"reward/{name}": total / count for name, (total, count) in self.sums.items() if count}
+        self.sums = dict.fromkeys(self.rewards, (0.0, 0))
         return means
 
     def state_dict(self):
