@@ -40,10 +40,6 @@ def test_a_run_and_its_control(tmp_path):
     first = [RunDir(folder).metrics()[0]["reward/mean"] for folder in (out, control)]
     assert first[0] == first[1], "the same texts from the same noise"
 
-    done = launch("--out", out, "--resume", "--episodes", 2)
-    assert done.returncode == 0, done.stderr
-    assert len(RunDir(control).metrics()) == len(RunDir(out).metrics()) == 2
-
 
 def test_a_control_that_fails_is_said_after_the_run(tmp_path, monkeypatch):
     out = tmp_path / "run"

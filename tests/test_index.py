@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def index():
     return "\n".join("".join(c["source"]) for c in cells(NBS / "index.ipynb") if c["cell_type"] == "markdown")
 
 
+@cache
 def glossary():
     "Keys in the first column of a table whose first column is called key."
     tables = re.findall(r"^\| key \|.*\n\|[-| ]+\|\n((?:\|.*\n?)+)", index(), re.MULTILINE)
