@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
 
 
 def test_killed_at_random(whole, tmp_path):
-    """Again and again, in rollouts, scoring, updates and writing, until it has been killed at least six times;
+    """Again and again, in rollouts, scoring, updates and writing, until it has been killed six times or more;
     tools/kill_at_random.py does it longer."""
     (rows, files), duration = whole
     assert [row["episode"] for row in rows] == list(range(EPISODES)) and sum(
