@@ -52,9 +52,7 @@ class Loop:
         read_ahead(self, e)
         with ScoringQueue(self.reward, patience=self.config.reward_patience, watch_late=True) as queue:
             with autocast(self):
-                rollouts = collect(
-                    self, e, queue
-                )  # each is scored in the background while the next is sampled
+                rollouts = collect(self, e, queue)  # each is scored while the next is sampled
                 watch.lap("rollout")
                 rewards = score_audio(self, rollouts, queue)  # (batch,)
             watch.lap("reward")

@@ -191,9 +191,8 @@ class CombinedReward(WeightedParts):
         for name, broken in zip(names, failed.unbind(1)):
             if name in self.moments:
                 scores[name] = self.moments[name].follow(scores[name], broken, self.warmup)
-        pay = [
-            name for name in names if self.weights[name]
-        ] or names  # a judge that watches cannot spoil a sum
+        # a judge that watches cannot spoil a sum
+        pay = [name for name in names if self.weights[name]] or names
         return sum(self.weights[name] * scores[name] for name in pay)
 
     def pop_components(self):

@@ -128,9 +128,8 @@ class ScoringQueue(OneBatch):
         self.patience, self.pool = patience, Background(self.score, workers)
         late = list(self.reward.watching) if watch_late else []
         pay = [name for name in self.reward.rewards if name not in late] if late else []
-        self.scored = (
-            {False: self.reward.of(pay), True: self.reward.of(late)} if late else {False: self.reward}
-        )
+        self.scored = {False: self.reward.of(pay) if late else self.reward}  # in the order of being heard
+        self.scored |= {True: self.reward.of(late)} if late else {}
         self.watches, self.jobs = bool(late), {late: [] for late in self.scored}
 
     def __enter__(self):
