@@ -62,7 +62,7 @@ class Loop:
                 advantages = make_advantages(self, rewards, e)  # (batch,)
                 stats = self.update(rollouts, advantages.to(self.device), e)
             watch.lap("update")
-            score_watching(rollouts, queue)
+            score_watching(rollouts, queue, unless=why)
             watch.lap("watching")
         self.next_episode += 1
         scores = reward_statistics(self, rewards, advantages)

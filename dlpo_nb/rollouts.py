@@ -102,9 +102,10 @@ def gathered_scores(trajectories, queue, late=False) -> torch.Tensor:  # (batch,
     return queue.combine(parts, failed.bool(), late)
 
 
-def score_watching(trajectories, queue):
-    "Scores of the judges of weight 0, who have listened behind the others, for the log."
-    if queue.watches:
+def score_watching(trajectories, queue, unless=""):
+    """Scores of the judges of weight 0, who have listened behind the others, for the log; unless those that
+    pay have failed, and may hang."""
+    if queue.watches and not unless:
         gathered_scores(trajectories, queue, late=True)
 
 

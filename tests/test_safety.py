@@ -15,7 +15,7 @@ from dlpo_nb.collapse import LIMITS, WINDOW, CollapseWatch, collapse_signs
 from dlpo_nb.core import RunDir, UserError
 from dlpo_nb.launch import train
 from dlpo_nb.objectives.base import TextBuffer, advantages
-from dlpo_nb.rewards.base import Reward
+from dlpo_nb.rewards.base import Reward, as_reward
 from dlpo_nb.rewards.formula import CombinedReward
 from dlpo_nb.rewards.queue import ScoringQueue
 from small_policy import TEXTS, TINY, make_model, make_tuner, quiet, spoken
@@ -146,6 +146,15 @@ def test_what_is_watched_fails_alone():
     tuner = tuner_of(At(raises, 0))
     assert math.isnan(heldout_reward(tuner, TEXTS)["reward/heldout"])
     assert math.isfinite(heldout_reward(tuner, TEXTS)["reward/heldout"])
+
+
+@pytest.mark.parametrize("fault, weight", [(raises, 0.0), (nan, 0.0), (raises, 1.0)])
+def test_a_judge_that_only_watches_costs_no_update(fault, weight):
+    judges = {"pay": as_reward(quiet), "watch": as_reward(At(fault, 0))}
+    tuner = tuner_of(CombinedReward({"pay": 1.0, "watch": weight}, judges))
+    before, metrics = weights(tuner), tuner.episode()
+    assert ("skipped" in metrics) == unchanged(tuner, before) == bool(weight)
+    assert weight or math.isfinite(metrics["reward/pay"])
 
 
 class Tag(Reward):
