@@ -94,7 +94,8 @@ def heldout_reward(tuner, texts: list) -> dict:
     {reward/heldout, reward/heldout/NAME}."""
     c, rows = tuner.config, []
     local = shard(sorted(enumerate(texts), key=lambda pair: len(pair[1])))
-    with ScoringQueue(tuner.reward, patience=c.reward_patience) as queue, autocast(tuner):
+    scoring = ScoringQueue(tuner.reward, patience=c.reward_patience, watch_late=True)
+    with scoring as queue, autocast(tuner):
         seconds = lambda: spoken_seconds(tuner.model, tuner.model.encode([text for _, text in local]))
         for pairs in in_portions(local, c.micro_batch, seconds):
             places, spoken = map(list, zip(*pairs))
@@ -102,11 +103,13 @@ def heldout_reward(tuner, texts: list) -> dict:
             t = rollout(tuner.model, tuner.schedule, spoken, ids, [1], key, indices=places)
             queue.submit(t.audio, t.audio_lengths, tuner.model.sample_rate, spoken)
             rows += places
-        parts, failed = queue.collect_parts()
-    parts, failed = gather_rows(rows, parts), gather_rows(rows, failed)
+        found = [queue.collect_parts()] + ([queue.collect_late()] if queue.watches else [])
     # what is only watched must not enter the statistics of the training rewards
-    reward_state = queue.reward.state_dict()
-    rewards = queue.reward.combine(parts, failed)
+    reward_state, gathered = (
+        queue.reward.state_dict(),
+        [[gather_rows(rows, x) for x in pair] for pair in found],
+    )
+    rewards, *_ = [queue.combine(*pair, late=bool(late)) for late, pair in enumerate(gathered)]
     queue.reward.load_state_dict(reward_state)
     means = {
         name.replace("reward/", "reward/heldout/"): mean

@@ -107,7 +107,9 @@ def recorded_batch(tuner, *key, rows=None, model=None):
     x_0 (b, N), hidden (b, C, T), frames (b,), duration loss (b,)."""
     c, model = tuner.config, model or tuner.model
     chosen = chosen_recordings(tuner, *key)
-    batch = recorded(model, [tuner.corpus[chosen[row]] for row in rows or range(c.batch_size)])
+    batch = recorded(
+        model, [tuner.corpus[chosen[row]] for row in (range(c.batch_size) if rows is None else rows)]
+    )
     batch = {name: value.to(tuner.device) for name, value in batch.items()}
     with torch.set_grad_enabled(c.trainable == "all" and torch.is_grad_enabled()):
         conditioning = model.condition(batch["ids"], batch["lengths"], durations=batch["durations"])

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .core import UserError
-from .distributed import gather_rows, shard
+from .distributed import gather_rows, shard, world_size
 from .denoising import grid_level, recorded_batch, windowed_loss
 from .finetune import autocast, replayed_reward
 from .gradients import Gradients
@@ -141,7 +141,9 @@ def recorded_losses(tuner) -> dict:
     "D of base and tuned model on the same recordings; empty where there are none."
     c, key, measured = tuner.config, (tuner.config.seed, "drift"), {}
     grid, rows = [grid_level(j, 10, len(tuner.levels)) for j in range(10)], shard(range(c.batch_size))
-    for name, model in (("base", tuner.reference), ("tuned", tuner.model)) if tuner.corpus else ():
+    if not tuner.corpus or c.batch_size < world_size():  # some process would have none
+        return measured
+    for name, model in (("base", tuner.reference), ("tuned", tuner.model)):
         x_0, hidden, frames, _ = recorded_batch(tuner, *key, rows=rows, model=model)
         state, width = (x_0, hidden, frames, tuner.levels), c.denoising_frames
         losses = [windowed_loss(model, *state, width, (*key, j), t, rows) for j, t in enumerate(grid)]

@@ -97,7 +97,9 @@ def score_audio(tuner, trajectories, queue=None) -> torch.Tensor:  # (batch,) fl
 
 def gathered_scores(trajectories, queue, late=False) -> torch.Tensor:  # (batch,)
     "What all processes have scored since the last collecting; `late`: by the judges that only watch."
-    scores_and_failures = torch.cat([x.float() for x in queue.collect_parts(late)], 1)
+    scores_and_failures = torch.cat(
+        [x.float() for x in (queue.collect_late if late else queue.collect_parts)()], 1
+    )
     parts, failed = gather_rows(rows_of(trajectories), scores_and_failures).chunk(2, 1)
     return queue.combine(parts, failed.bool(), late)
 

@@ -318,9 +318,9 @@ def test_a_long_chain_is_cut_short_on_a_gpu():
     """The batch is whole; of trained steps as many as there are in the shorter chain."""
     flat = preset_settings("paper", "dlpo") | dict(base_checkpoint="tiny_base")
     for steps, train, probed, factors in (
-        (1000, "random:10", "last:10", (50, 1, 1)),
-        (1000, "all", "last:19", (50, 1, 1009 / 29)),
-        (40, "all", "all", (1, 1, 1)),
+        (1000, "random:10", "last:10", (50, 1, 1, 1)),
+        (1000, "all", "last:19", (50, 1, 1009 / 29, 1)),
+        (40, "all", "all", (1, 1, 1, 1)),
     ):
         whole = LaunchConfig.of(**flat | dict(rollout_steps=steps, train_steps=train)).resolved()
         config, texts, found = shorter_chain(whole, ["Rain."])

@@ -155,6 +155,9 @@ def test_a_judge_that_only_watches_costs_no_update(fault, weight):
     before, metrics = weights(tuner), tuner.episode()
     assert ("skipped" in metrics) == unchanged(tuner, before) == bool(weight)
     assert weight or math.isfinite(metrics["reward/pay"])
+    judges["watch"] = as_reward(At(fault, 0))
+    watched = heldout_reward(tuner_of(CombinedReward({"pay": 1.0, "watch": weight}, judges)), TEXTS)
+    assert math.isfinite(watched["reward/heldout"]) == (not weight)
 
 
 class Tag(Reward):

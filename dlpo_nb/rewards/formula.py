@@ -146,7 +146,7 @@ class CombinedReward(WeightedParts):
 
     weights: {name: float}; rewards: {name: Reward}, the same names. normalise: "none", or "z": parts in
     standard deviations from their mean over their first `warmup` utterances. `components`: {name: unweighted,
-    unnormalised scores (B,)} of the last call.
+    unnormalised scores (B,)}, the latest of each part.
     """
 
     def __init__(self, weights, rewards, normalise="none", warmup=64):
