@@ -105,11 +105,9 @@ def heldout_reward(tuner, texts: list) -> dict:
             rows += places
         found = [queue.collect_parts()] + ([queue.collect_late()] if queue.watches else [])
     # what is only watched must not enter the statistics of the training rewards
-    reward_state, gathered = (
-        queue.reward.state_dict(),
-        [[gather_rows(rows, x) for x in pair] for pair in found],
-    )
-    rewards, *_ = [queue.combine(*pair, late=bool(late)) for late, pair in enumerate(gathered)]
+    reward_state = queue.reward.state_dict()
+    gathered = ([gather_rows(rows, x) for x in pair] for pair in found)
+    rewards, *_ = [queue.combine(*pair, late=late) for late, pair in zip((False, True), gathered)]
     queue.reward.load_state_dict(reward_state)
     means = {
         name.replace("reward/", "reward/heldout/"): mean
