@@ -37,6 +37,9 @@ class PretrainConfig:
     minutes: float = 0.0
     batch_size: int = 4  # windows per step, of all processes together (WaveGrad 2)
     window_frames: int = 44  # length of a window, in frames of 300 samples (WaveGrad 2)
+    # have the encoder's frames say the log-mel of their audio too, with this weight in the loss
+    # (WaveGrad 2; 0: no)
+    mel_weight: float = 0.0
     # audio per step, of all processes together (voices that hear whole utterances)
     batch_seconds: float = 25.0
     # what moves the weight matrices; adam: all weights, as released
@@ -101,8 +104,8 @@ POSITIVE = (
     "clip", "nproc_per_node", "nnodes",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "steps", "minutes", "slice_minutes", "sample_every", "workers", "warmup_steps", "final_lr", "threads",
-    "max_restarts",
+    "steps", "minutes", "mel_weight", "slice_minutes", "sample_every", "workers", "warmup_steps", "final_lr",
+    "threads", "max_restarts",
 )  # fmt: skip
 
 # %% ../nbs/45_pretrain_settings.ipynb #69b11f86

@@ -10,6 +10,7 @@ __all__ = ['RECIPES', 'DEFAULTS', 'Recipe', 'WindowRecipe', 'budget_batches', 's
 # %% ../nbs/44a_recipes.ipynb #2e8e430a
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .distributed import shard, world_size
 from .gradtts.model import GradTTS, GradTTSConfig
 from .gradtts.sde import time_of_level
 from .gradtts.training import aligned_losses, released_losses
+from .mel_head import MelHead, mel_loss, mel_targets
 from .policies import POLICIES
 from .policy import denoising_loss, draw_noise, recorded, state_mask
 from .text import SYMBOLS, pad_ids
@@ -64,28 +66,58 @@ class Recipe(ABC):
         "A base that fits, as this training starts with it."
         return base
 
+    def finished(self, policy):
+        "The policy, to be saved: without what only its training has; changed in place."
+        return policy
+
     def symbol_table(self, policy):
         "The embedding (symbols, channels) of our 151 symbols; None if the policy has another set."
         return None
 
 # %% ../nbs/44a_recipes.ipynb #12b117e9
 class WindowRecipe(Recipe):
-    "WaveGrad 2 on windows of recordings; a held-out utterance is heard in its first 64 frames."
+    """WaveGrad 2 on windows of recordings; a held-out utterance is heard in its first 64 frames. With a
+    `mel_weight` the policy has a `MelHead` while it trains."""
 
     sampling = (25, "geometric")
     sample_rate = SAMPLE_RATE
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.mels = config.mel_weight > 0
+        self.parts = (*Recipe.parts, "mel") if self.mels else Recipe.parts
+
     def new_policy(self, items=()):
-        return new_model(self.config.arch, quiet=not self.config.reference)
+        policy = new_model(self.config.arch, quiet=not self.config.reference)
+        return self.taught(policy) if self.mels else policy
+
+    def taught(self, policy):
+        "The policy with a fresh `mel_head`."
+        policy.mel_head = MelHead(policy.config.encoder_channels + policy.config.speaker_channels)
+        return policy
+
+    def begin_with(self, base, fresh):
+        return self.taught(base) if self.mels else base
+
+    def finished(self, policy):
+        if self.mels:
+            del policy.mel_head
+        return policy
 
     def steps(self, policy, items):
-        return Windows(self.config, items, policy.hop, shard(range(self.config.batch_size)))
+        rows = shard(range(self.config.batch_size))
+        return Windows(self.config, items, policy.hop, rows, mel_targets if self.mels else None)
 
     def losses(self, policy, batch, held_out=False):
-        return batch_losses(policy, batch, self.config.precision, self.config.reference and not held_out)
+        reference = self.config.reference and not held_out
+        also = partial(mel_loss, policy.mel_head) if self.mels else None
+        own, durations, *mel = batch_losses(policy, batch, self.config.precision, reference, also)
+        return own, durations, *(self.config.mel_weight * part for part in mel)
 
     def held_out(self, policy, items):
         batch = window_batch(items, [0] * len(items), 64, policy.hop)
+        if self.mels:
+            batch |= mel_targets(items, range(len(items)), most=64)
         sizes = torch.full_like(batch["lengths"], batch["audio"].shape[1])
         return batch, sizes, int(batch["mask"].sum()), int(batch["lengths"].sum())
 

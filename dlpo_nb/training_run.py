@@ -128,7 +128,7 @@ def mean_losses(run):
 
 def save_base(run):
     "Writes base.safetensors: the averaged model, and as metadata what it was made of and its validation."
-    base = copy.deepcopy(run.ema)
+    base = run.recipe.finished(copy.deepcopy(run.ema))
     if (table := run.recipe.symbol_table(base)) is not None:
         fill_unseen_stress(table, {i for item in run.items for i in item.ids})
     config = {

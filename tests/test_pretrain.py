@@ -22,11 +22,13 @@ from dlpo_nb.core import UserError, asset
 from dlpo_nb.locks import lock_folder, unlock_folders
 from dlpo_nb.corpus import Item, load_corpus
 from dlpo_nb.diffusion import NoiseSchedule
+from dlpo_nb.mel_head import TARGET_MEL, mel_loss, mel_targets
 from dlpo_nb.optimisers import make_optimisers
 from dlpo_nb.pretrain import fit, prepare, pretrain, train_step, validate
 from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
 from dlpo_nb.recipes import recipe_for
 from dlpo_nb.training_run import Pretraining, first_model
+from dlpo_nb.vocoder import log_mel
 from dlpo_nb.wavegrad2.training import Windows, batch_losses, draw_start, new_model, window_batch
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
@@ -68,6 +70,7 @@ def weights(path):
         (1, dict(optimiser="adamw", precision="float32")),
         (3, dict(precision="bfloat16")),
         (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12}),
+        (2, dict(mel_weight=0.5)),
     ],
 )
 def test_resume_is_exact(config, tmp_path, first, changes):
@@ -144,6 +147,45 @@ def test_a_step_hears_the_same_whatever_came_before(config):
     one[0], one[1]
     assert all(torch.equal(a, b) for a, b in zip(one[7].values(), two[7].values()))
     assert not torch.equal(one[7]["noise"], one[8]["noise"])
+
+
+def test_the_mel_head_is_training_s_alone(config):
+    run = pretrain(replace(config, mel_weight=1.0))
+    loaded = load_wavegrad2(config.out / "base.safetensors")
+    ours = {name: value for name, value in run.ema.state_dict().items() if "mel_head" not in name}
+    del ours["encoder.embedding.weight"]  # vowels that the corpus lacks are lent a row
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in ours.items())
+    assert len(ours) + 1 == len(loaded.state_dict()) == len(run.ema.state_dict()) - 2
+    row = json.loads((config.out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["mel_loss"] > 0 and row["validation"]["mel"] > 0
+    start = dict(start_from=str(config.out / "base.safetensors"))
+    for weight in (0.0, 1.0):  # a base goes on with a fresh head, or with none
+        settings = replace(config, **start, mel_weight=weight, out=config.out.parent / f"on{weight}")
+        begun = prepare(settings).model
+        assert hasattr(begun, "mel_head") == (weight > 0)
+        assert torch.equal(begun.encoder.lstm.weight_hh_l0, loaded.encoder.lstm.weight_hh_l0)
+
+
+def test_the_mel_loss_counts_each_frame_once(config):
+    items = load_corpus(CORPUS)[:3]
+    frames = [sum(item.frames) for item in items]
+    assert len(set(frames)) > 1
+    windows = window_batch(items, [0] * 3, 8, 300)
+    policy = recipe_for(replace(config, mel_weight=1.0)).new_policy()
+    said = policy.condition(windows["ids"], windows["lengths"], windows["durations"])
+
+    def loss(rows, most=None):
+        batch = dict(rows=torch.tensor(rows)) | mel_targets(items, rows, most)
+        return mel_loss(policy.mel_head, said, batch).item()
+
+    assert loss([0, 1, 2]) == pytest.approx(loss([1]) + loss([0, 2]), rel=1e-5)
+    for most in (None, 20):
+        sizes, squares = [min(size, most or size) for size in frames], 0.0
+        for row, (item, size) in enumerate(zip(items, sizes)):
+            audio = torch.from_numpy(item.audio[: 300 * size].astype(np.float32) / 32767)
+            target = (log_mel(audio[None], TARGET_MEL)[0] + 5) / 2
+            squares += (policy.mel_head(said.hidden)[row, :, :size] - target).square().sum().item()
+        assert loss([0, 1, 2], most) == pytest.approx(squares / (80 * sum(sizes)), rel=1e-5)
 
 
 def test_muon_leaves_edges_to_adamw():
@@ -479,10 +521,11 @@ def test_bfloat16_trains_with_float32_losses_and_weights(config):
 
 
 def test_held_out_loss_is_a_mean_over_utterances_whatever_the_chunks(config):
-    run = Pretraining(replace(config, validation=str(CORPUS), held_out=5, precision="float32"))
+    settings = replace(config, validation=str(CORPUS), held_out=5, precision="float32", mel_weight=0.5)
+    run = Pretraining(settings)
     assert len(run.items) == 6 and len(run.held_out) == 5
     together, apart = validate(run), validate(run, at_once=2)
-    assert list(together) == ["16", "80", "250", "550", "850", "duration"]
+    assert list(together) == ["16", "80", "250", "550", "850", "duration", "mel"]
     assert together == pytest.approx(apart, rel=1e-5)
 
 
@@ -562,12 +605,13 @@ def in_two(command):
 
 def test_one_process_starts_and_two_go_on(config):
     settings = replace(config, batch_size=3, optimiser="adamw", lr=1e-4, precision="float32", log_every=1)
+    settings = replace(settings, mel_weight=0.5)
     whole = replace(settings, out=config.out.parent / "whole")
     pretrain(whole)
     fit(prepare(settings), last_step=1)
     before = sorted(p.name for p in config.out.iterdir())
     flags = "--resume --batch-size 3 --optimiser adamw --lr 1e-4 --precision float32 --log-every 1 --steps 4"
-    flags = f"{flags} --warmup-steps 2".split()
+    flags = f"{flags} --warmup-steps 2 --mel-weight 0.5".split()
     done = in_two(command(config, *flags))
     assert done.returncode == 0, done.stderr
     environment = json.loads((config.out / "environment.json").read_text())
@@ -578,7 +622,7 @@ def test_one_process_starts_and_two_go_on(config):
     assert sorted(p.name for p in config.out.iterdir()) == before
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").open()] for out in (whole.out, config.out)]
     for a, b in zip(*rows, strict=True):
-        for name in ("step", "loss", "duration_loss", "grad_norm", "held_out_loss", "lr"):
+        for name in ("step", "loss", "duration_loss", "mel_loss", "grad_norm", "held_out_loss", "lr"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), name
     one, two = weights(whole.out / "base.safetensors"), weights(config.out / "base.safetensors")
     assert all((one[k].double() - two[k].double()).abs().max() < 1e-5 for k in one)

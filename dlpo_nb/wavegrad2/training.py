@@ -139,8 +139,15 @@ def window_batch(
 class Windows(Dataset):
     "The windows that a training step hears in this process, by its number alone."
 
-    def __init__(self, config, items, hop, rows=None):  # rows: those of this process; None: all
-        self.config, self.items, self.hop = config, items, hop
+    def __init__(
+        self,
+        config,
+        items,
+        hop,
+        rows=None,  # those of this process; None: all
+        also=None,  # gives, of the items of a batch and these rows, further tensors by name
+    ):
+        self.config, self.items, self.hop, self.also = config, items, hop, also
         self.schedule, self.rows = NoiseSchedule.linear(), list(rows or range(config.batch_size))
 
     def __getitem__(self, step):
@@ -157,11 +164,12 @@ class Windows(Dataset):
         local, evenly = [draws[row] for row in self.rows], 1.0 if config.reference else 0.5
         batch["level"] = torch.cat([draw_levels(1, self.schedule, draw, evenly=evenly) for draw in local])
         batch["noise"] = torch.stack([torch.randn(len(batch["audio"][0]), generator=draw) for draw in local])
-        return batch
+        return batch | (self.also(items, self.rows) if self.also else {})
 
 # %% ../../nbs/09_wavegrad2_training.ipynb #e403cbdd
-def batch_losses(model, batch, precision, reference=False):
-    "Denoising and duration loss of a `window_batch`, 0-d float32: what its rows add to the batch's."
+def batch_losses(model, batch, precision, reference=False, also=None):
+    """Denoising and duration loss of a `window_batch`, 0-d float32: what its rows add to the batch's; then
+    what `also` makes of conditioning and batch."""
     rows, starts, (windows, symbols) = batch["rows"], batch["starts"], batch["share"]
     size = batch["audio"].shape[1] // model.hop
     with torch.autocast(batch["audio"].device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -183,7 +191,8 @@ def batch_losses(model, batch, precision, reference=False):
             batch["mask"],
             frames,
         )
+        others = [also(conditioning, batch)] if also else []
     duration = duration_loss(
         conditioning.seconds[rows], batch["durations"][rows], conditioning.mask[rows], model.config.frame_rate
     )
-    return (windows * denoising).to(denoising.dtype), (symbols * duration).to(duration.dtype)
+    return (windows * denoising).to(denoising.dtype), (symbols * duration).to(duration.dtype), *others
