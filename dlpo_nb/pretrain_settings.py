@@ -30,7 +30,7 @@ class PretrainConfig:
     also: str = ""  # another such folder to train on as well; none of it is kept from training
     # another such folder to validate on; empty: utterances of --corpus are kept for that
     validation: str = ""
-    # tiny, small, base, large (WaveGrad 2), gradtts-small, gradtts, or a registered policy
+    # tiny, mini, small, base, large (WaveGrad 2), gradtts-small, gradtts, or a registered policy
     arch: str = "tiny"
     steps: int = 0  # length of the run in steps (give this or minutes)
     # length of the run in minutes of its own work (CPU: computing time per thread; GPU: the clock)

@@ -3,6 +3,7 @@
     methods   every method beside its control (notebook 71)
     options   the default job with one setting changed: steps, their weights, groups, learning rate, start
     beta      DLPO's penalty from none to all, and a level term in the reward
+    guidance  one, five and ten of ten actions in an update, and as many noise levels in the penalty
 
 The same base, texts, noise, number of rollouts and updates for all rows. Keeps settings, environment, metrics
 and the scores of each utterance in results/TABLE/ROW-seedN, a control in ROW-control-seedN, and writes
@@ -41,7 +42,6 @@ METHODS = {
     "released": ["--method", "released"],
 }
 OPTIONS = {
-    "default": [],
     "first-2": ["--train-steps", "first:2"],
     "middle-2": ["--train-steps", "middle:2"],
     "last-2": ["--train-steps", "last:2"],
@@ -55,9 +55,22 @@ OPTIONS = {
 BETA = {f"beta-{beta}": ["--beta", beta] for beta in ("0.02", "0.05", "0.1", "0.3", "1", "10")} | {
     "level": ["--reward", "distillmos + 0.5*level"]
 }
-TABLES = {"methods": METHODS, "options": OPTIONS, "beta": BETA}
+GUIDANCE = {
+    f"steps-{n}": ["--rollout-steps", "11", "--train-steps", f"random:{n}", "--denoising-steps", str(n)]
+    for n in (1, 5, 10)
+}
+TABLES = {"methods": METHODS, "options": OPTIONS, "beta": BETA, "guidance": GUIDANCE}
+# rows whose runs another table has: the first rows of these tables
+LENT = {
+    "options": {"default": "methods/dlpo"},
+    "beta": {"beta-0": "methods/ddpo", "beta-0.005": "methods/dlpo"},
+}
 # rows with a control: of the methods all that a reward reaches
-CONTROLLED = {"options": ("default", "rate-half", "rate-double"), "beta": ("level",)}
+CONTROLLED = {
+    "options": ("rate-half", "rate-double"),
+    "beta": ("level",),
+    "guidance": ("steps-1", "steps-10"),
+}
 UNREWARDED = ("onlydl", "released")  # the run is its own control
 KEYS = ("run", "control", "difference")
 HEARD = (0, 1, 2)  # held-out texts whose sound is kept
@@ -87,9 +100,9 @@ def keep_sound(experiment):
                 (folder / f"{kept}_{index}.mp3").write_bytes(sound)
 
 
-def seeds_of(folder, name) -> dict:
-    """{seed: `RunRecord`} of what is there of a row."""
-    runs = [read_run(path.parent) for path in sorted(folder.glob(f"{name}-seed*/summary.json"))]
+def seeds_of(folder, row) -> dict:
+    """{seed: `RunRecord`} of what is there of TABLE/ROW."""
+    runs = [read_run(path.parent) for path in sorted(folder.glob(f"{row}-seed*/summary.json"))]
     return {run.config["seed"]: run for run in runs}
 
 
@@ -158,12 +171,16 @@ def markdown(result) -> str:
 
 
 def summarise(table):
-    """Write table.json and table.txt of what is in results/TABLE."""
+    """Write table.json and table.txt of what is in results/TABLE, and of what it borrows."""
     folder = ROOT / "results" / table
-    names = [name for row in TABLES[table] for name in (row, f"{row}-control")]
-    found = {name: runs for name in names if (runs := seeds_of(folder, name))}
-    rows = [row for row in TABLES[table] if row in found]
-    if not rows:
+    places = LENT.get(table, {}) | {row: f"{table}/{row}" for row in TABLES[table]}
+    found = {}
+    for row, place in places.items():
+        for name in ("", "-control"):
+            if runs := seeds_of(ROOT / "results", place + name):
+                found[row + name] = runs
+    rows = [row for row in places if row in found]
+    if not folder.is_dir() or not rows:
         return
     records = list(found[rows[0]].values())
     evaluations = [record.evaluation["metrics"] for record in records]

@@ -61,6 +61,15 @@ SIZES = {
         first_down=16,
         down=(16, 24, 48, 96),
     ),
+    "mini": dict(
+        encoder_channels=192,
+        speaker_channels=16,
+        predictor_channels=96,
+        first_up=192,
+        up=(256, 160, 96, 48, 32),
+        first_down=32,
+        down=(32, 48, 96, 160),
+    ),
     "small": dict(
         encoder_channels=192,
         speaker_channels=16,
