@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PALETTES', 'INK', 'INKED', 'CLEAR', 'PANELS', 'RunRecord', 'read_run', 'style', 'series', 'running_mean', 'draw_kind',
            'draw_metric', 'draw_spread', 'reward_curve', 'panel', 'text_changes', 'true_minus_control',
-           'control_difference', 'beyond_lines', 'seeds_paired', 'across_seeds', 'seeds_table']
+           'control_difference', 'beyond_lines', 'seeds_paired', 'across_seeds', 'seeds_table', 'draw_changes',
+           'draw_forest']
 
 # %% ../nbs/52_figures.ipynb #a1f8a054
 from dataclasses import dataclass
@@ -298,3 +299,38 @@ def seeds_table(across, reward) -> dict:  # {label: base, run, control and diffe
         spread = [interval_text(*row[key]) for key in columns]
         table[LABELS.get(name, name)] = [f"{row['base']:.3f}", *spread]
     return table
+
+# %% ../nbs/52_figures.ipynb #b9400477
+def draw_changes(ax, rows, measurement, key, shift, **look):
+    "A point for each row that has this measurement of run or control, with its interval where there is one."
+    for place, row in enumerate(rows.values()):
+        if key in (known := row["metrics"].get(measurement, {})):
+            mean, low, high = known[key]
+            error = None if low is None else [[mean - low], [high - mean]]
+            ax.errorbar(mean, place + shift, xerr=error, fmt="o", ms=4, **look)
+
+
+def draw_forest(
+    rows,  # {name: dict(metrics={measurement: dict(run=[mean, low, high], control=...)})}
+    panels,  # {measurement: title}
+    theme="light",  # or dark
+):  # -> matplotlib Figure
+    "What the rows of a table over seeds changed, and what their controls did; low is None without interval."
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(style(theme)):
+        size = dict(figsize=(11, 0.35 * len(rows) + 1), sharey=True)
+        fig, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", dpi=100, **size)
+        for key, label, shift in (("run", "run", -0.12), ("control", "its control", 0.12)):
+            look = dict(color=PALETTES[theme][key == "control"])
+            axes[0, 0].errorbar([], [], fmt="o", label=label, **look)
+            for ax, (measurement, title) in zip(axes[0], panels.items()):
+                draw_changes(ax, rows, measurement, key, shift, **look)
+                ax.set(title=title, xlabel="change over the base")
+        for ax in axes[0]:
+            ax.axvline(0, color=INK[theme], lw=0.8)
+        axes[0, 0].set_yticks(range(len(rows)), list(rows))
+        axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)
+        fig.legend(loc="outside upper right", ncols=2, fontsize=8)
+    plt.close(fig)
+    return fig
