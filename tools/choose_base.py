@@ -37,23 +37,15 @@ def try_out(name, corpora, args):
     if not (kept / "scores.json").exists():
         kept.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        train = [
-            sys.executable,
-            "-m",
-            "dlpo_nb.pretrain",
-            "--corpus",
-            corpora[voice],
-            "--out",
-            out,
-            "--resume",
-        ]
-        train += ["--minutes", args.minutes, "--warmup-steps", 100, "--held-out", 64, "--no-score"]
-        train += ["--sample-every", 0, "--threads", 1, *flags]
-        judge = [sys.executable, "tools/score_base.py", out / "base.safetensors", "--texts", args.texts]
-        judge += ["--schedules", "geometric 25", "--out", out / "scores" / "scores.json"]
+        here = out.relative_to(ROOT)
+        length = f"--minutes {args.minutes} --warmup-steps 100 --threads 1 --held-out 64 --sample-every 0"
+        train = ["-m", "dlpo_nb.pretrain", "--corpus", corpora[voice], "--out", here, "--resume", *flags]
+        judge = ["tools/score_base.py", here / "base.safetensors", "--out", here / "scores" / "scores.json"]
+        judged = ["--texts", args.texts, "--schedules", "geometric 25"]
         with open(out.parent / f"{name}.log", "a") as log:
-            for command in (train, judge):
-                subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=log, stderr=log)
+            for command in ([*train, *length.split(), "--no-score"], [*judge, *judged]):
+                command = [sys.executable, *map(str, command)]
+                subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
         for file in KEEP:
             shutil.copy(out / file, kept / file)
         shutil.copy(out / "scores" / "scores.json", kept / "scores.json")
