@@ -143,15 +143,19 @@ def per_text(records, system) -> list:
 
 
 def tests(found, reward) -> dict:
-    """Paired tests over texts of each row against the base, and of the others against the first."""
+    """Paired tests over texts of each row against the base, and of the others against the first, over the
+    seeds that all rows have: a base speaks otherwise from each seed's noise."""
     first = next(iter(found))
-    measured = {name: per_text(list(runs.values()), "tuned") for name, runs in found.items()}
-    measured["base"] = per_text(list(found[first].values()), "base")
+    seeds = sorted(set.intersection(*(set(runs) for runs in found.values())))
+    if not seeds:
+        return {}
+    measured = {name: per_text([runs[seed] for seed in seeds], "tuned") for name, runs in found.items()}
+    measured["base"] = per_text([found[first][seed] for seed in seeds], "base")
     names = {name: LABELS.get(name, name) for name in (reward, "dnsmos", "nisqa", "wer", "rms_db")}
     against_base = compare_systems(measured, names, "base", lower_is_better=("wer",), neutral=("rms_db",))
     rows = {name: measured[name] for name in found if "control" not in name}
     against_first = compare_systems(rows, names, first, lower_is_better=("wer",), neutral=("rms_db",))
-    return dict(base=against_base, first=against_first)
+    return dict(seeds=seeds, base=against_base, first=against_first)
 
 
 def markdown(result) -> str:
