@@ -18,7 +18,7 @@ import tyro
 from .core import UserError, in_force
 from .plugins import flag_values, load_plugins, run_plugins
 from .precision import PRECISIONS
-from .recipes import DEFAULTS, recipe_for
+from .recipes import DEFAULTS, WindowRecipe, recipe_for
 
 # %% ../nbs/45_pretrain_settings.ipynb #d6686720
 @dataclass(frozen=True)
@@ -171,4 +171,9 @@ def check_config(config):
             f"{config.nproc_per_node * config.nnodes} processes; "
             "each needs a window"
         )
-    recipe_for(config)
+    recipe = recipe_for(config)
+    if config.mel_weight and (config.reference or not isinstance(recipe, WindowRecipe)):
+        kind = "the released trainer" if config.reference else f"--arch {config.arch}"
+        raise UserError(
+            f"--mel-weight is for a WaveGrad 2; {kind} has no such part of the loss, leave it out"
+        )

@@ -66,9 +66,8 @@ class Recipe(ABC):
         "A base that fits, as this training starts with it."
         return base
 
-    def finished(self, policy):
-        "The policy, to be saved: without what only its training has; changed in place."
-        return policy
+    def finish(self, policy):
+        "Takes from a policy that is to be saved what only its training has."
 
     def symbol_table(self, policy):
         "The embedding (symbols, channels) of our 151 symbols; None if the policy has another set."
@@ -89,20 +88,18 @@ class WindowRecipe(Recipe):
 
     def new_policy(self, items=()):
         policy = new_model(self.config.arch, quiet=not self.config.reference)
-        return self.taught(policy) if self.mels else policy
-
-    def taught(self, policy):
-        "The policy with a fresh `mel_head`."
-        policy.mel_head = MelHead(policy.config.encoder_channels + policy.config.speaker_channels)
+        if self.mels:
+            policy.mel_head = MelHead(policy.config.encoder_channels + policy.config.speaker_channels)
         return policy
 
     def begin_with(self, base, fresh):
-        return self.taught(base) if self.mels else base
+        if self.mels:
+            base.mel_head = fresh.mel_head
+        return base
 
-    def finished(self, policy):
+    def finish(self, policy):
         if self.mels:
             del policy.mel_head
-        return policy
 
     def steps(self, policy, items):
         rows = shard(range(self.config.batch_size))

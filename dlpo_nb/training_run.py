@@ -10,6 +10,7 @@ __all__ = ['check_folder', 'claim_folder', 'first_model', 'load_items', 'Pretrai
 import copy
 import math
 import os
+from dataclasses import fields
 
 import torch
 
@@ -128,7 +129,8 @@ def mean_losses(run):
 
 def save_base(run):
     "Writes base.safetensors: the averaged model, and as metadata what it was made of and its validation."
-    base = run.recipe.finished(copy.deepcopy(run.ema))
+    base = copy.deepcopy(run.ema)
+    run.recipe.finish(base)
     if (table := run.recipe.symbol_table(base)) is not None:
         fill_unseen_stress(table, {i for item in run.items for i in item.ids})
     config = {
@@ -176,12 +178,14 @@ def restore(run):
     path = run.folder.path / "state.pt"
     try:
         state = load_plain(path)
-        old, now = state["config"], plain(run.config)
-        differ = [k for k in now if k not in {*MAY_CHANGE, *UNRECORDED} and old.get(k) != now[k]]
+        defaults = {field.name: field.default for field in fields(run.config)}
+        # a setting that came later was at its default
+        old, now = defaults | state["config"], plain(run.config)
+        differ = [k for k in now if k not in {*MAY_CHANGE, *UNRECORDED} and old[k] != now[k]]
         if differ:
             k = differ[0]
             raise UserError(
-                f"{path} was made with {k} = {old.get(k)}, now it is {now[k]}; give the same or another --out"
+                f"{path} was made with {k} = {old[k]}, now it is {now[k]}; give the same or another --out"
             )
         if state["utterances"] != len(run.items):
             raise UserError(

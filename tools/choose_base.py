@@ -1,10 +1,11 @@
 """What a WaveGrad 2 should be taught with: `python tools/choose_base.py FESTIVAL HIBARI`.
 
-FESTIVAL and HIBARI are corpora of the same texts by `python -m dlpo_nb.data`. Each setting trains a fresh
+FESTIVAL and HIBARI are corpora of the same texts by `python -m dlpo_nb.data`, both at its 22050 Hz; the
+denoising losses of one voice say nothing of the other. Each setting trains a fresh
 network for the same minutes of processor time (one thread, seed 0), and is then judged on held-out texts:
 the denoising loss of the averaged model at each level, and what judges and a recogniser make of its speech.
-Keeps settings, curve and scores in results/base_choice/NAME; what is there already is not run again, what was
-interrupted is resumed.
+Keeps settings, curve and scores in results/base_choice/NAME. What was as long and heard as many texts is not
+run again, what was interrupted or is to be longer is resumed.
 """
 
 import argparse
@@ -30,11 +31,19 @@ SETTINGS = {  # voice and flags
 }
 
 
+def is_there(kept, args):
+    """Whether a setting was trained for these minutes and heard on so many texts."""
+    if not (kept / "scores.json").exists():
+        return False
+    trained, heard = (json.loads((kept / name).read_text()) for name in ("config.json", "scores.json"))
+    return (trained["minutes"], heard[0]["texts"]) == (args.minutes, args.texts)
+
+
 def try_out(name, corpora, args):
     """Train and judge one setting; returns its row."""
     voice, flags = SETTINGS[name]
     out, kept = ROOT / "runs" / "base_choice" / name, ROOT / "results" / "base_choice" / name
-    if not (kept / "scores.json").exists():
+    if not is_there(kept, args):
         kept.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         here = out.relative_to(ROOT)

@@ -148,7 +148,7 @@ def tests(found, reward) -> dict:
     first = next(iter(found))
     seeds = sorted(set.intersection(*(set(runs) for runs in found.values())))
     if not seeds:
-        return {}
+        return dict(seeds=[])
     measured = {name: per_text([runs[seed] for seed in seeds], "tuned") for name, runs in found.items()}
     measured["base"] = per_text([found[first][seed] for seed in seeds], "base")
     names = {name: LABELS.get(name, name) for name in (reward, "dnsmos", "nisqa", "wer", "rms_db")}
@@ -187,10 +187,17 @@ def summarise(table):
     if not folder.is_dir() or not rows:
         return
     records = list(found[rows[0]].values())
+    runs = [run for seeds in found.values() for run in seeds.values()]
+    texts = {tuple(text["text"] for text in run.rows["base"]) for run in runs}
+    if len(texts) > 1:
+        sizes = " and ".join(map(str, sorted(map(len, texts))))
+        raise SystemExit(
+            f"error: the runs of {table} were heard on {sizes} texts; give all the same --heldout"
+        )
     evaluations = [record.evaluation["metrics"] for record in records]
     result = dict(
         reward=records[0].config["reward"],
-        texts=len(records[0].rows["base"]),
+        texts=len(texts.pop()),
         base={name: float(np.mean([e[name]["base"] for e in evaluations])) for name in evaluations[0]},
         rows={row: over_seeds(found[row], found.get(f"{row}-control", {})) for row in rows},
     )
@@ -207,6 +214,9 @@ def main():
     parser.add_argument("--preset", default="tiny")
     args, further = parse(parser)
     rows = args.rows or list(TABLES[args.table])
+    if wrong := [row for row in rows if row not in TABLES[args.table]]:
+        lent = "".join(f"; {row} is {place}" for row, place in LENT.get(args.table, {}).items())
+        parser.error(f"no row {wrong[0]} to run; {args.table} has {', '.join(TABLES[args.table])}{lent}")
     run_all(args.preset, args.table, jobs_of(args.table, rows, args.seeds, further), args)
     keep_sound(args.table)
     summarise(args.table)
