@@ -40,6 +40,8 @@ class PretrainConfig:
     # have the encoder's frames say the log-mel of their audio too, with this weight in the loss
     # (WaveGrad 2; 0: no)
     mel_weight: float = 0.0
+    # the most that a noise level may weigh in the loss, by the inverse of its gain (WaveGrad 2; 0: all alike)
+    level_weights: float = 0.0
     # audio per step, of all processes together (voices that hear whole utterances)
     batch_seconds: float = 25.0
     # what moves the weight matrices; adam: all weights, as released
@@ -104,8 +106,8 @@ POSITIVE = (
     "clip", "nproc_per_node", "nnodes",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "steps", "minutes", "mel_weight", "slice_minutes", "sample_every", "workers", "warmup_steps", "final_lr",
-    "threads", "max_restarts",
+    "steps", "minutes", "mel_weight", "level_weights", "slice_minutes", "sample_every", "workers",
+    "warmup_steps", "final_lr", "threads", "max_restarts",
 )  # fmt: skip
 
 # %% ../nbs/45_pretrain_settings.ipynb #69b11f86
@@ -172,8 +174,9 @@ def check_config(config):
             "each needs a window"
         )
     recipe = recipe_for(config)
-    if config.mel_weight and (config.reference or not isinstance(recipe, WindowRecipe)):
-        kind = "the released trainer" if config.reference else f"--arch {config.arch}"
-        raise UserError(
-            f"--mel-weight is for a WaveGrad 2; {kind} has no such part of the loss, leave it out"
-        )
+    ours = isinstance(recipe, WindowRecipe) and not config.reference
+    for name in ("mel_weight", "level_weights"):
+        if getattr(config, name) and not ours:
+            kind = "the released trainer" if config.reference else f"--arch {config.arch}"
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is for a WaveGrad 2; {kind} has no such loss, leave it out")

@@ -108,7 +108,8 @@ class WindowRecipe(Recipe):
     def losses(self, policy, batch, held_out=False):
         reference = self.config.reference and not held_out
         also = partial(mel_loss, policy.mel_head) if self.mels else None
-        own, durations, *mel = batch_losses(policy, batch, self.config.precision, reference, also)
+        most = 0.0 if held_out else self.config.level_weights
+        own, durations, *mel = batch_losses(policy, batch, self.config.precision, reference, also, most)
         return own, durations, *(self.config.mel_weight * part for part in mel)
 
     def held_out(self, policy, items):

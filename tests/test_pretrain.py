@@ -29,7 +29,9 @@ from dlpo_nb.pretrain_settings import REFERENCE, PretrainConfig, parse
 from dlpo_nb.recipes import recipe_for
 from dlpo_nb.training_run import Pretraining, first_model
 from dlpo_nb.vocoder import log_mel
-from dlpo_nb.wavegrad2.training import Windows, batch_losses, draw_start, new_model, window_batch
+from dlpo_nb.wavegrad2.training import (
+    Windows, batch_losses, draw_start, level_weights, mean_weight, new_model, window_batch,
+)  # fmt: skip
 from dlpo_nb.wavegrad2.model import WaveGrad2, WaveGrad2Config, load_wavegrad2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +72,7 @@ def weights(path):
         (1, dict(optimiser="adamw", precision="float32")),
         (3, dict(precision="bfloat16")),
         (2, {**REFERENCE, "arch": "tiny", "batch_size": 2, "window_frames": 12}),
-        (2, dict(mel_weight=0.5)),
+        (2, dict(mel_weight=0.5, level_weights=10.0)),
     ],
 )
 def test_resume_is_exact(config, tmp_path, first, changes):
@@ -164,6 +166,27 @@ def test_the_mel_head_is_training_s_alone(config):
         begun = prepare(settings).model
         assert hasattr(begun, "mel_head") == (weight > 0)
         assert torch.equal(begun.encoder.lstm.weight_hh_l0, loaded.encoder.lstm.weight_hh_l0)
+
+
+def test_level_weights_weigh_windows_in_training_alone(config):
+    recipe = recipe_for(replace(config, level_weights=5.0, precision="float32"))
+    policy = recipe.new_policy().eval()
+    batch = Windows(replace(config, batch_size=3), load_corpus(CORPUS), 300)[0]
+    batch["mask"][1, 2000:] = 0  # a window counts by what is inside
+    batch["level"] = torch.tensor([[0.99], [0.8], [0.2]])
+
+    def alone(row):
+        one = batch["mask"] * (torch.arange(3) == row)[:, None]
+        part = batch_losses(policy, batch | dict(mask=one), "float32")[0]
+        return part * one.sum() / batch["mask"].sum()
+
+    weights = level_weights(batch["level"], 5.0)[:, 0]
+    assert weights[0] < weights[1] < weights[2]
+    assert weights[2].item() == pytest.approx(5 / mean_weight(5.0), rel=1e-6)
+    expected = sum(weight * alone(row) for row, weight in enumerate(weights)).item()
+    assert recipe.losses(policy, batch)[0].item() == pytest.approx(expected, rel=1e-5)
+    plain = batch_losses(policy, batch, "float32")[0].item()
+    assert recipe.losses(policy, batch, held_out=True)[0].item() == pytest.approx(plain, rel=1e-6) != expected
 
 
 def test_the_mel_loss_counts_each_frame_once(config):

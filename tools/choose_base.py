@@ -22,6 +22,7 @@ MEL = ["--mel-weight", "1"]
 SETTINGS = {  # voice and flags
     "tiny": ("festival", []),
     "tiny-mel": ("festival", MEL),
+    "tiny-mel-levels": ("festival", [*MEL, "--level-weights", "10"]),
     "mini-mel": ("festival", ["--arch", "mini", *MEL]),
     "small-mel": ("festival", ["--arch", "small", *MEL]),
     "hibari-mini-mel": ("hibari", ["--arch", "mini", *MEL]),
