@@ -1,11 +1,11 @@
 """What a WaveGrad 2 should be taught with: `python tools/choose_base.py FESTIVAL HIBARI`.
 
 FESTIVAL and HIBARI are corpora of the same texts by `python -m dlpo_nb.data`, both at its 22050 Hz; the
-denoising losses of one voice say nothing of the other. Each setting trains a fresh
-network for the same minutes of processor time (one thread, seed 0), and is then judged on held-out texts:
-the denoising loss of the averaged model at each level, and what judges and a recogniser make of its speech.
-Keeps settings, curve and scores in results/base_choice/NAME. What was as long and heard as many texts is not
-run again, what was interrupted or is to be longer is resumed.
+denoising losses of one voice say nothing of the other. Each setting trains a fresh network for the same
+minutes of processor time (one thread, seed 0), and is then judged on held-out texts: the denoising loss of
+the averaged model at each level, and what judges and a recogniser make of its speech. Keeps settings, curve
+and scores in results/base_choice/NAME. What was as long and heard as many texts is not run again; what was
+interrupted, or is to be longer, is resumed, on the same corpus only.
 """
 
 import argparse
