@@ -72,6 +72,8 @@ class FinetuneSettings:
     # utterances of unequal length in one call of the network: one length after the other (alone), all on one
     # axis (packed), or packed on an accelerator only; for policies that have the choice
     batching: Literal["alone", "packed", "auto"] = "auto"
+    # have torch compile the networks: minutes at the start, for a GPU (and a C++ compiler)
+    compile: bool = False
     deterministic: bool = False  # the same bits each time on a GPU, too; slower
     seed: int = 0  # of texts, noise and shuffling
     # seconds in which the reward has to answer, per micro-batch; else it has failed, as when it raises

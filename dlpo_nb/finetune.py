@@ -112,6 +112,8 @@ class Finetuner(Loop):
         self.model = model.to(self.device).eval()  # no dropout: rollout and replay must agree
         self.model.batching = config.batching
         self.reference = choose_trained(config, self.model)
+        for policy in (self.model, self.reference) if config.compile else ():
+            policy.compile()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0)
         self.schedule, self.levels = config.schedule(model), model.training_schedule().levels.float()

@@ -125,7 +125,10 @@ def predict_noise(policy, schedule, x, conditioning, t):
     whose rows are the B texts or all their members."""
     said = conditioning.repeat(len(x) // len(conditioning.frames))
     level = x.new_full((len(x), 1), float(schedule.level(t)))  # written on the device, not sent there
-    return policy.predict_noise(x, said.hidden, level, frames=said.frames)
+    graded = torch.is_grad_enabled()
+    with torch.set_grad_enabled(graded or policy.compiled):  # compiled: the update's graph, so its numbers
+        eps = policy.predict_noise(x, said.hidden, level, frames=said.frames)
+    return eps if graded else eps.detach()
 
 
 def action_log_prob(policy, schedule, x_t, x_prev, conditioning, t, reduction="mean"):

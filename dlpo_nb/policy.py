@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'LONGEST_TEXT', 'Conditioning', 'state_mask', 'check_symbols', 'state_durations', 'recorded',
-           'check_policy', 'ConditionsExactly', 'Policy', 'evaluating', 'draw_noise', 'symbols_of', 'as_id_lists',
-           'synthesise', 'masked_mean', 'denoising_loss', 'duration_loss', 'check_numbers', 'stored_config',
-           'empty_policy', 'kind_in', 'load_policy']
+           'check_policy', 'ConditionsExactly', 'Compiles', 'Policy', 'evaluating', 'draw_noise', 'symbols_of',
+           'as_id_lists', 'synthesise', 'masked_mean', 'denoising_loss', 'duration_loss', 'check_numbers',
+           'stored_config', 'empty_policy', 'kind_in', 'load_policy']
 
 # %% ../nbs/04b_policy.ipynb #45cd67d6
 import json
@@ -134,8 +134,26 @@ class ConditionsExactly:
         for name in {"condition", "analyse"} & set(vars(cls)):
             setattr(cls, name, without_autocast(getattr(cls, name)))
 
+
+class Compiles:
+    "A policy whose networks torch can compile."
+
+    compiled = False
+
+    def networks(self) -> list:
+        "The modules whose calls are nearly all the work of `predict_noise`: what `compile` compiles."
+        return [self.decoder]
+
+    def compile(self, **options):
+        """Have torch compile the networks, for any length; `options` are those of torch.compile. From then
+        on a rollout runs the graph that the update differentiates (10_mdp), so that the first ratio is 1
+        (to rounding only where the encoder is trained too)."""
+        for network in self.networks():
+            network.compile(dynamic=True, **options)
+        self.compiled = True
+
 # %% ../nbs/04b_policy.ipynb #e18e79f7
-class Policy(ConditionsExactly, nn.Module, ABC):
+class Policy(ConditionsExactly, Compiles, nn.Module, ABC):
     """A text-to-speech diffusion model, as rollouts, objectives and evaluation see it.
 
     All its tensors are parameters or persistent buffers:

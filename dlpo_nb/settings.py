@@ -255,7 +255,7 @@ MAY_CHANGE = (  # in a resumed run, with a note of the episode
     "alpha", "beta", "tau", "clip_range", "advantage_clip", "learning_rate", "max_grad_norm", "inner_epochs",
     "denoising_steps", "denoising_frames", "duration_weight", "precision", "watch_every", "nisqa_weights",
     "utmos_weights", "whisper", "reward_patience", "max_skipped", "on_collapse", "deterministic",
-    "batching",
+    "batching", "compile",
 )  # fmt: skip
 UNRECORDED = (  # may change without a note, since they decide no number
     "episodes", "micro_batch", "out", "resume", "dry_run", "device", "threads", "nproc_per_node", "nnodes",

@@ -60,6 +60,22 @@ def test_packed_is_alone(kind, dtype):
         assert near(ours, theirs, 10 * SCALES[dtype])
 
 
+@pytest.mark.parametrize("batching", ["alone", "packed"])
+def test_compiled(batching):
+    """What torch compiles has the same gradients by itself, for other lengths too. (aot_eager has the
+    compiler's graphs and gradients, and needs no C++ compiler.)"""
+    given = case("two blocks", torch.float64)
+    expected = noise_and_gradients(*given, batching=batching)
+    frames = torch.tensor([4, 9, 3, 2])
+    others = noise_and_gradients(*given[:-1], frames, batching=batching)
+    given[0].compile(dynamic=True, backend="aot_eager")
+    for (eps, gradients), at in ((expected, given[-1]), (others, frames)):
+        found, ours = noise_and_gradients(*given[:-1], at, batching=batching)
+        assert near(found, eps, 1e-12) and all(
+            near(a, b, 1e-11) for a, b in zip(ours, gradients, strict=True)
+        )
+
+
 def test_neighbours_and_padding_are_not_heard():
     decoder, x, hidden, level, frames = case("narrow", torch.float32)
     with torch.no_grad():

@@ -1,11 +1,13 @@
 """What a policy promises, kept by those that are tested on everything:
 WaveGrad 2, a toy whose state is a spectrogram, and the small Grad-TTS."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from small_policy import TEXTS, make_corpus, make_model, make_rollout, make_tuner, spoken
 from small_gradtts import make_gradtts
 from toy_mel import ToyMel, make_toy_mel
@@ -105,6 +107,28 @@ def test_every_method_tunes_every_voice(voice, method):
     )
     assert first["x0/clipped"] == 0 or voice.training_schedule().bounds
     assert first["diffusion_loss"] > 0 and drift(tuner, TEXTS[:1])["diffusion_loss/base"] > 0
+
+
+@pytest.mark.parametrize("kind", ["toy_mel", "gradtts"])  # WaveGrad 2, a minute of compiling: test_packing
+def test_compiled(kind, monkeypatch):
+    """A rollout runs the graph that the update differentiates: the same ratio, and nearly the same gradient.
+    (aot_eager has the graphs, and needs no C++ compiler.)"""
+    voice = VOICES[kind]()
+    plain = tuner_of(copy.deepcopy(voice), "ddpo").episode()
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    tuner = tuner_of(voice, "ddpo", compile=True)
+    assert [module for module, _ in compiled] == [*tuner.model.networks(), *tuner.reference.networks()]
+    monkeypatch.undo()
+    tuner.model.compile(backend="aot_eager")
+    metrics = tuner.episode()
+    assert metrics["ratio/mean"] == 1.0 and metrics["kl"] < 1e-10
+    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    again = copy.deepcopy(tuner.model)  # a copy's numbers are its own
+    for weight in again.decoder.parameters():
+        weight.data.zero_()
+    _, spoken = make_rollout(again)
+    assert not torch.equal(spoken.x_0, make_rollout(tuner.model)[1].x_0)
 
 
 def test_own_speech_and_all_weights(voice):

@@ -207,6 +207,9 @@ class GradTTS(MelPolicy):
     def training_schedule(self):
         return (NoiseSchedule.linear() if self.config.network == "small" else sde_schedule()).bounded(None)
 
+    def networks(self):
+        return [getattr(self.decoder, "estimator", self.decoder)]
+
     @classmethod
     def recognises(cls, state):
         return "encoder.emb.weight" in state and "encoder.proj_m.weight" in state

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core import UserError
 from ..waiting import on_host, send, shares_calls
-from .layers import SLOPE, ActiveConv, Conv, Stretch, activate, shrink
+from .layers import SLOPE, Conv, activate, active_conv, shrink, stretched
 from .packing import add_vectors, axis_parts, make_packing, with_borders
 from .plain import level_embedding, output_form
 
@@ -99,9 +99,7 @@ def stretched_conv(u, weight, bias, factor, packing=None):
     """convolve(stretch(activate(u), factor)) for an odd factor above 1, (B, C, 1, N),
     with the products at the low rate; on a packed axis u has borders."""
     before, here, after = weight.unbind(2)
-    products = ActiveConv.apply(
-        u, None, None, torch.cat([before + here + after, before, after])[..., None], None
-    )
+    products = active_conv(u, None, None, torch.cat([before + here + after, before, after])[..., None], None)
     ends = products.squeeze(2).transpose(1, 2)  # (B, N, 3 C)
     first, last = (ends[:, place] for place in borders(u.shape[-1], packing))
     ends = torch.cat(
@@ -170,7 +168,7 @@ class UpBlock(nn.Module):
         if packing is not None and self.factor > 1:
             u = with_borders(u, packing)
         v = self.first_block_main_branch(u, film, packing).add_(
-            Stretch.apply(self.first_block_residual_branch[0](u), self.factor)
+            stretched(self.first_block_residual_branch[0](u), self.factor)
         )
         return self.second_block_main_branch(v, film, packing).add_(v)
 
@@ -184,10 +182,10 @@ def axis_limits(factors, channels, dilations):
 
 
 def on_one_axis(decoder, packing, x, hidden, level):
-    "The `network` of a decoder for padded items (B, N), (B, C, T), on the axis of their `Packing`."
+    "A decoder's call for padded items (B, N), (B, C, T), on the axis of their `Packing`."
     axis = packing.pack(x.unflatten(1, (-1, decoder.hop))).flatten(1)
     frames = packing.pack(hidden.transpose(1, 2)).transpose(1, 2)
-    noise = decoder.network(axis, frames, level, packing)
+    noise = decoder(axis, frames, level, packing)
     return packing.unpack(noise.unflatten(1, (-1, decoder.hop))).flatten(1)
 
 # %% ../../nbs/07b_fast_decoder.ipynb #5c2ca24c
@@ -222,9 +220,14 @@ class Decoder(nn.Module):
         )
         self.films = nn.ModuleList(FiLM(*channels) for channels in zip(down, up[::-1]))
 
-    def network(self, x, hidden, level, packing=None):
+    def forward(self, x, hidden, level, packing=None):
         """F: x (B, N), hidden (B, C, T), level (B, 1) to (B, N), of items without padding; or all on one
         axis, x (1, N), hidden (1, C, L)."""
+        frames = hidden.shape[2] if packing is None else len(packing.gap)
+        if (
+            not x.shape[1] == frames * self.hop == hidden.shape[2] * self.hop
+        ):  # torch's compiler learns it here
+            raise ValueError(f"{x.shape[1]} samples, {hidden.shape[2]} frames and a packing of {frames}")
         x = self.dblock_preconv(x[:, None, None], packing=packing)
         films = [self.films[0](x, level, packing)]
         for block, film in zip(self.dblocks, self.films[1:]):
@@ -238,7 +241,7 @@ class Decoder(nn.Module):
 
     def estimate(self, x, hidden, level, packing=None):
         "The noise in x, at least in float32, of items of equal length, or on the axis of a `Packing`."
-        network = self.network if packing is None else partial(on_one_axis, self, packing)
+        network = self if packing is None else partial(on_one_axis, self, packing)
         if not self.preconditioned:
             return network(x, hidden, level).to(x.dtype)
         inside, skip, gain = output_form(level, self.data_std)

@@ -43,7 +43,7 @@ class Config:
     denoising_steps: int = 10
     train_steps: str = "random:10"
     symbols: int = 80  # of every text; six frames each are LJSpeech's mean length of 6.6 s
-    compile: bool = False  # torch.compile the decoder as well
+    compile: bool = False  # torch.compile the networks as well
     settings: tuple[str, ...] = tuple(SETTINGS)  # which settings
     device: str = "auto"
 
@@ -83,7 +83,7 @@ def tuner_of(config, settings, device):
     )
     if config.compile:
         for policy in (tuner.model, tuner.reference):
-            policy.decoder.network = torch.compile(policy.decoder.network, dynamic=True)
+            policy.compile()
     return tuner
 
 
