@@ -224,9 +224,8 @@ class Decoder(nn.Module):
         """F: x (B, N), hidden (B, C, T), level (B, 1) to (B, N), of items without padding; or all on one
         axis, x (1, N), hidden (1, C, L)."""
         frames = hidden.shape[2] if packing is None else len(packing.gap)
-        if (
-            not x.shape[1] == frames * self.hop == hidden.shape[2] * self.hop
-        ):  # torch's compiler learns it here
+        # torch's compiler learns here how the two lengths depend on each other
+        if not x.shape[1] == frames * self.hop == hidden.shape[2] * self.hop:
             raise ValueError(f"{x.shape[1]} samples, {hidden.shape[2]} frames and a packing of {frames}")
         x = self.dblock_preconv(x[:, None, None], packing=packing)
         films = [self.films[0](x, level, packing)]
