@@ -315,7 +315,8 @@ def draw_forest(
     panels,  # {measurement: title}
     theme="light",  # or dark
 ):  # -> matplotlib Figure
-    "What the rows of a table over seeds changed, and what their controls did; low is None without interval."
+    """What the rows of a table over seeds changed, and what their controls did; low is None without interval.
+    The means fill the picture: of an interval over two or three seeds ends may lie outside."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(style(theme)):
@@ -324,10 +325,17 @@ def draw_forest(
         for key, label, shift in (("run", "run", -0.12), ("control", "its control", 0.12)):
             look = dict(color=PALETTES[theme][key == "control"])
             axes[0, 0].errorbar([], [], fmt="o", label=label, **look)
-            for ax, (measurement, title) in zip(axes[0], panels.items()):
+            for ax, measurement in zip(axes[0], panels):
                 draw_changes(ax, rows, measurement, key, shift, **look)
-                ax.set(title=title, xlabel="change over the base")
-        for ax in axes[0]:
+        for ax, (measurement, title) in zip(axes[0], panels.items()):
+            known = [row["metrics"].get(measurement, {}) for row in rows.values()]
+            means = [
+                0.0,
+                *(values[key][0] for values in known for key in ("run", "control") if key in values),
+            ]
+            low, high = min(means), max(means)
+            margin = 0.3 * (high - low) or 1.0
+            ax.set(title=title, xlabel="change over the base", xlim=(low - margin, high + margin))
             ax.axvline(0, color=INK[theme], lw=0.8)
         axes[0, 0].set_yticks(range(len(rows)), list(rows))
         axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)

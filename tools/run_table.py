@@ -60,7 +60,7 @@ GUIDANCE = {
     for n in (1, 5, 10)
 }
 TABLES = {"methods": METHODS, "options": OPTIONS, "beta": BETA, "guidance": GUIDANCE}
-# rows whose runs another table has: the first rows of these tables
+# rows whose runs another table has, the first of these tables: of the seeds that their own rows have
 LENT = {
     "options": {"default": "methods/dlpo"},
     "beta": {"beta-0": "methods/ddpo", "beta-0.005": "methods/dlpo"},
@@ -174,6 +174,17 @@ def markdown(result) -> str:
     return "\n".join([*lines, "", f"Changes over the base ({values}); 95 % intervals over training seeds."])
 
 
+def of_own_seeds(found, table) -> dict:
+    "Runs by row and seed, those of borrowed rows only of the seeds that the table's own rows have."
+    borrowed = {row + kind for row in LENT.get(table, {}) for kind in ("", "-control")}
+    own = {seed for name, runs in found.items() if name not in borrowed for seed in runs}
+    kept = {
+        name: {seed: run for seed, run in runs.items() if seed in own} if name in borrowed else runs
+        for name, runs in found.items()
+    }
+    return {name: runs for name, runs in kept.items() if runs}
+
+
 def summarise(table):
     """Write table.json and table.txt of what is in results/TABLE, and of what it borrows."""
     folder = ROOT / "results" / table
@@ -183,6 +194,7 @@ def summarise(table):
         for name in ("", "-control"):
             if runs := seeds_of(ROOT / "results", place + name):
                 found[row + name] = runs
+    found = of_own_seeds(found, table)
     rows = [row for row in places if row in found]
     if not folder.is_dir() or not rows:
         return
