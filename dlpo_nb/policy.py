@@ -148,6 +148,9 @@ class Compiles:
         """Have torch compile the networks, for any length; `options` are those of torch.compile. From then
         on a rollout runs the graph that the update differentiates (10_mdp), so that the first ratio is 1
         (to rounding only where the encoder is trained too)."""
+        from torch._functorch import config  # not at the top: it loads the compiler
+
+        config.donated_buffer = False  # a loss of two parts goes back through one graph twice
         for network in self.networks():
             network.compile(dynamic=True, **options)
         self.compiled = True

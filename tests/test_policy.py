@@ -114,10 +114,10 @@ def test_compiled(kind, monkeypatch):
     """A rollout runs the graph that the update differentiates: the same ratio, and nearly the same gradient.
     (aot_eager has the graphs, and needs no C++ compiler.)"""
     voice = VOICES[kind]()
-    plain = tuner_of(copy.deepcopy(voice), "ddpo").episode()
+    plain = tuner_of(copy.deepcopy(voice), "dpok").episode()  # whose two parts go back through one graph
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
-    tuner = tuner_of(voice, "ddpo", compile=True)
+    tuner = tuner_of(voice, "dpok", compile=True)
     assert [module for module, _ in compiled] == [*tuner.model.networks(), *tuner.reference.networks()]
     monkeypatch.undo()
     tuner.model.compile(backend="aot_eager")

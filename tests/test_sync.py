@@ -44,6 +44,7 @@ LATE = {
     "pocketsphinx": "for one judge or aligner",
     "torchaudio": "its native library may not fit torch, see `import_torchaudio`",
     "torch.utils.tensorboard": "a second, for the process that writes",
+    "torch._functorch": "torch's compiler, seconds, for --compile",
     "torch.distributed": "its launcher takes half a second, for the command that starts several processes",
     "distillmos": "seconds, for one judge",
     "hibari": "an optional package",
