@@ -124,6 +124,11 @@ def test_compiled(kind, monkeypatch):
     metrics = tuner.episode()
     assert metrics["ratio/mean"] == 1.0 and metrics["kl"] < 1e-10
     assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    graded = []
+    again = copy.deepcopy(tuner.model)
+    again.networks()[0].register_forward_pre_hook(lambda *_: graded.append(torch.is_grad_enabled()))
+    make_rollout(again)
+    assert again.compiled and graded and all(graded)
     again = copy.deepcopy(tuner.model)  # a copy's numbers are its own
     for weight in again.decoder.parameters():
         weight.data.zero_()
